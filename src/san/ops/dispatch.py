@@ -1,0 +1,85 @@
+"""Which backend runs an operator: the first in order that accepts the call, or the one that the user forces.
+
+A backend is a pair of functions for one operator: `supports(call)` returns None or one sentence of refusal, `run(call)`
+computes. A call is the operator's validated arguments, one dataclass per operator. Adding a backend is one `register`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from san.errors import UserError
+
+__all__ = ["ORDER", "answers", "backends", "register", "run", "use_backend"]
+
+ORDER = ("triton", "native", "tiled", "reference")
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    supports: Callable[[Any], str | None]
+    run: Callable[[Any], Tensor]
+
+
+_implementations: dict[str, dict[str, _Implementation]] = {}
+_forced: list[str] = []
+
+
+def register(
+    operator: str, backend: str, *, supports: Callable[[Any], str | None], run: Callable[[Any], Tensor]
+) -> None:
+    """Offer `backend` (a name of `ORDER`) for `operator`."""
+    _implementations.setdefault(operator, {})[backend] = _Implementation(supports, run)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the backends present in this installation, in the order in which they are asked."""
+    present = {name for offered in _implementations.values() for name in offered}
+    return tuple(name for name in ORDER if name in present)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend inside a `with` block, for every operator: `with san.ops.use_backend("tiled"): …`.
+
+    "auto" restores the automatic choice. It outranks the environment variable `SAN_BACKEND`, and holds for all threads.
+    A call that the forced backend cannot run raises `ValueError` with the backend's sentence.
+    """
+    _check_name(name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def answers(operator: str, call: Any) -> dict[str, str | None]:
+    """Every backend's answer to a call, in order: None where it accepts, else its sentence."""
+    offered = _implementations[operator]
+    return {
+        name: offered[name].supports(call) if name in offered else f"{name} does not implement {operator}"
+        for name in backends()
+    }
+
+
+def run(operator: str, call: Any) -> Tensor:
+    """Run a call on the forced backend, or on the first that accepts it."""
+    forced = _forced[-1] if _forced else os.environ.get("SAN_BACKEND", "auto")
+    _check_name(forced)
+    for name in backends() if forced == "auto" else (forced,):
+        offered = _implementations[operator].get(name)
+        refusal = offered.supports(call) if offered else f"{name} does not implement {operator}"
+        if offered and refusal is None:
+            return offered.run(call)
+    raise UserError(f"backend {forced} cannot run this call: {refusal}")
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in backends():
+        raise UserError(f"backend {name!r} is unknown here; choose one of: auto, {', '.join(backends())}")

@@ -1,0 +1,1 @@
+"""Backends of the aggregation operator; `reference.py` defines it."""

@@ -1,0 +1,64 @@
+"""What pairwise and patchwise attention share: their arguments, and the definition relation → mapping → aggregation.
+
+Legend: B batch, R relation width, C value channels, D δ's width, K places (1 in patchwise relations), P output pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from san.ops.footprint import Footprint, Window
+from san.ops.mapping import AnyMapping, Mapping
+from san.ops.normalization import widened
+
+__all__ = ["AttentionCall", "run"]
+
+
+@dataclass(frozen=True)
+class AttentionCall(ABC):
+    """Validated arguments of one attention call, and its formulas on any window.
+
+    query, key [B, R, H, W], value [B, C, H, W]; `mapping` is γ, `relation` names δ.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mapping: AnyMapping
+    relation: str
+    footprint: Footprint
+
+    def maps(self) -> tuple[Tensor, ...]:
+        """The maps that `relate` compares, in at least float32: query, key and what else the operator needs."""
+        return widened(self.query), widened(self.key)
+
+    @abstractmethod
+    def relate(self, maps: tuple[Tensor, ...], window: Window) -> Tensor:
+        """δ for the pixels of a window, from the rows of `maps` that it reads: [B, D, K, P]."""
+
+    @abstractmethod
+    def samples_per_pixel(self) -> int:
+        """How many columns of D channels γ sees for one output pixel: K in pairwise attention, 1 in patchwise."""
+
+    @abstractmethod
+    def attend(self, scores: Tensor, value: Tensor, window: Window) -> Tensor:
+        """Turn γ's output into weights and aggregate the value rows that the window reads: [B, C, P]."""
+
+    def elements_per_pixel(self) -> int:
+        """Elements of the largest array that the formulas write out, for one output pixel."""
+        layers = self.mapping.layers if isinstance(self.mapping, Mapping) else ()
+        widest = max((max(layer.weight.shape) for layer in layers), default=1)
+        return max(widest * self.samples_per_pixel(), self.value.shape[1] * self.footprint.places)
+
+
+def run(call: AttentionCall) -> Tensor:
+    """y [B, C, H_out, W_out] in the value's dtype, computed in at least float32, as the formulas read."""
+    size = call.value.shape[2:]
+    window = call.footprint.window(*size)
+    relations = call.relate(call.maps(), window)
+    scores = relations if call.mapping is None else call.mapping(relations)
+    y = call.attend(scores, widened(call.value), window)
+    return y.unflatten(2, call.footprint.output_size(*size)).to(call.value.dtype)
