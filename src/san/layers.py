@@ -1,0 +1,286 @@
+"""Self-attention layers that stand where a k×k convolution stands, and the residual block of the paper's networks.
+
+Parameter names are the authors' (conv1, conv2, conv3 for φ, ψ, β; conv_w for γ; conv_p for position), so that published
+weights load as they are. Legend: B batch, C channels, R relation width, G weight groups, H W map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from san.errors import UserError
+from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
+from san.ops.mapping import MAPPINGS, AnyMapping
+from san.ops.normalization import SynchronizedBatchNorm2d
+from san.ops.relations import POSITION_WIDTHS, PairwiseRelation, PatchwiseRelation, find_relation
+
+__all__ = [
+    "ATTENTIONS",
+    "TRANSFORMATIONS",
+    "PairwiseAttention",
+    "PatchwiseAttention",
+    "ScalarAttention",
+    "SelfAttentionBlock",
+]
+
+TRANSFORMATIONS = ("different", "query=key", "query=key=value")
+
+
+class _Attention(nn.Module):
+    """The three transformations and the geometry that every form of attention has."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        border: str,
+        relation_channels: int | None,
+        transformations: str,
+    ) -> None:
+        super().__init__()
+        width = relation_channels or max(in_channels // 16, 1)
+        if transformations not in TRANSFORMATIONS:
+            raise UserError(
+                f"transformations {transformations!r} is unknown; choose one of: {', '.join(TRANSFORMATIONS)}"
+            )
+        if transformations == "query=key=value" and width != out_channels:
+            raise UserError(
+                f"query=key=value needs relation_channels = out_channels, but they are {width} and {out_channels}"
+            )
+        self.in_channels, self.out_channels, self.relation_channels = in_channels, out_channels, width
+        self.transformations = transformations
+        self.footprint = Footprint(kernel_size, stride, dilation, border)
+        self.conv1 = nn.Conv2d(in_channels, width, 1)
+        if transformations == "different":
+            self.conv2 = nn.Conv2d(in_channels, width, 1)
+        if transformations != "query=key=value":
+            self.conv3 = nn.Conv2d(in_channels, out_channels, 1)
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """φ(x), ψ(x) [B, R, H, W] and β(x) [B, out_channels, H, W]."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise UserError(f"the layer takes [B, {self.in_channels}, H, W], but the input is {list(x.shape)}")
+        query = self.conv1(x)
+        key = self.conv2(x) if self.transformations == "different" else query
+        value = query if self.transformations == "query=key=value" else self.conv3(x)
+        return query, key, value
+
+    def geometry(self) -> dict[str, Any]:
+        """The footprint as operators take it: kernel_size, stride, dilation, border."""
+        return vars(self.footprint).copy()
+
+    def extra_repr(self) -> str:
+        """What `print(layer)` shows."""
+        shape = f"{self.in_channels}, {self.out_channels}, relation_channels={self.relation_channels}"
+        geometry = ", ".join(f"{name}={value}" for name, value in self.geometry().items())
+        return f"{shape}, {geometry}, transformations={self.transformations}"
+
+
+class PairwiseAttention(_Attention):
+    """y_i = Σ_j α_ij ⊙ β(x_j), α_ij = softmax_j γ([δ(φ(x_i), ψ(x_j)), position]) (paper §3.1); a set operator.
+
+    Stands where `nn.Conv2d(in_channels, out_channels, kernel_size, padding="same")` stands: x [B, in_channels, H, W] →
+    [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉], any map size, contiguous or channels-last.
+
+    `relation`: subtraction, summation, hadamard, concatenation, dot. `mapping` γ: L, LRL, LRLRL. `position`: relative,
+    absolute, none. `transformations`: different, query=key, query=key=value (needs equal widths). `relation_channels`
+    R defaults to in_channels/16, at least 1. `share` value channels use one weight and must divide out_channels.
+    `border`: reflect, zeros. Departures from the paper: see `san.ops.pairwise_attention`. Raises `UserError` for bad options.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        relation: str = "subtraction",
+        mapping: str = "LRL",
+        position: str = "relative",
+        transformations: str = "different",
+        relation_channels: int | None = None,
+        share: int = 8,
+        border: str = "reflect",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
+        )
+        found = find_relation("pairwise", relation)
+        if position not in POSITION_WIDTHS:
+            raise UserError(f"position {position!r} is unknown; choose one of: {', '.join(POSITION_WIDTHS)}")
+        assert isinstance(found, PairwiseRelation)
+        self.relation, self.position = relation, position
+        width = found.width(self.relation_channels) + POSITION_WIDTHS[position]
+        self.conv_w = _mapping(mapping, width, self.relation_channels, _groups(out_channels, share))
+        if position != "none":
+            self.conv_p = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
+        position = None
+        if self.position != "none":
+            position = Position(self.position, self.conv_p.weight[:, :, 0, 0], self.conv_p.bias)
+        return pairwise_attention(
+            *self.transform(x), _gamma(self.conv_w), relation=self.relation, position=position, **self.geometry()
+        )
+
+
+class PatchwiseAttention(_Attention):
+    """y_i = Σ_j α_ij ⊙ β(x_j), α_i = γ(δ(x_R(i))) (paper §3.2): it can represent any k×k convolution.
+
+    Stands where a k×k convolution stands, as `PairwiseAttention` does. `relation`: concatenation, star, clique.
+    `mapping` γ: L, LRL, LRLRL; its hidden width is G = out_channels/share. Other options as in `PairwiseAttention`.
+    Raises `UserError` for bad options.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        relation: str = "concatenation",
+        mapping: str = "LRL",
+        transformations: str = "different",
+        relation_channels: int | None = None,
+        share: int = 8,
+        border: str = "reflect",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
+        )
+        found = find_relation("patchwise", relation)
+        assert isinstance(found, PatchwiseRelation)
+        self.relation = relation
+        places, groups = self.footprint.places, _groups(out_channels, share)
+        self.conv_w = _mapping(mapping, found.width(self.relation_channels, places), groups, groups * places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
+        return patchwise_attention(
+            *self.transform(x), _gamma(self.conv_w), relation=self.relation, **self.geometry()
+        )
+
+
+class ScalarAttention(_Attention):
+    """y_i = Σ_j softmax_j(φ(x_i)ᵀψ(x_j)) β(x_j): dot-product attention over a footprint, the paper's comparison (§3).
+
+    One weight for all channels, no mapping, no position, no scaling by √R. Stands where a k×k convolution stands.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        transformations: str = "different",
+        relation_channels: int | None = None,
+        border: str = "reflect",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
+        return pairwise_attention(*self.transform(x), relation="dot", **self.geometry())
+
+
+ATTENTIONS = {"pairwise": PairwiseAttention, "patchwise": PatchwiseAttention, "scalar": ScalarAttention}
+
+
+class SelfAttentionBlock(nn.Module):
+    """x + Conv1×1(ReLU(BN(Attention(ReLU(BN(x)))))), the paper's residual bottleneck (§4.2), pre-activation.
+
+    [B, channels, H, W] → the same. Inside, value width is channels/r2 = channels/4 and relation width
+    channels/r1 = channels/16. `attention` is pairwise, patchwise or scalar; `options` go to that layer. `drop_path`
+    is the probability that training skips the residual branch of an image (0 in the paper).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        attention: str = "pairwise",
+        *,
+        value_reduction: int = 4,
+        relation_reduction: int = 16,
+        drop_path: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTIONS:
+            raise UserError(f"attention {attention!r} is unknown; choose one of: {', '.join(ATTENTIONS)}")
+        width = channels // value_reduction
+        options.setdefault("relation_channels", max(channels // relation_reduction, 1))
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.sam = _construct(attention, channels, width, kernel_size, options)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, channels, 1)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] → [B, channels, H, W]."""
+        y = self.sam(F.relu(self.bn1(x)))
+        return x + self.drop_path(self.conv(F.relu(self.bn2(y))))
+
+
+def _construct(attention: str, channels: int, width: int, kernel_size: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        return ATTENTIONS[attention](channels, width, kernel_size, **options)
+    except TypeError as error:
+        unknown = str(error).rpartition(" ")[2]
+        raise UserError(f"{attention} attention has no option {unknown}") from error
+
+
+def _groups(out_channels: int, share: int) -> int:
+    if share < 1 or out_channels % share:
+        raise UserError(f"share is {share}, but it must divide out_channels, which is {out_channels}")
+    return out_channels // share
+
+
+def _mapping(name: str, width: int, hidden: int, out: int) -> nn.Sequential:
+    """γ as the authors lay it out: BatchNorm, ReLU, Conv1×1 for every Linear, a bias in the last one only."""
+    if name not in MAPPINGS:
+        raise UserError(f"mapping {name!r} is unknown; choose one of: {', '.join(MAPPINGS)}")
+    widths = [width, *[hidden] * (MAPPINGS[name] - 1), out]
+    parts: list[nn.Module] = []
+    for taken, given in zip(widths, widths[1:], strict=False):
+        last = len(parts) == 3 * (MAPPINGS[name] - 1)
+        parts += [nn.BatchNorm2d(taken), nn.ReLU(), nn.Conv2d(taken, given, 1, bias=last)]
+    return nn.Sequential(*parts)
+
+
+def _gamma(parts: nn.Sequential) -> AnyMapping:
+    """γ as operators take it: its tensors, or the module itself where someone changed or listens to a part."""
+    if any(_is_altered(part) for part in parts.modules()):
+        return parts
+    return Mapping(
+        tuple(
+            MappingLayer(BatchNorm.of(norm), convolution.weight[:, :, 0, 0], convolution.bias)
+            for norm, convolution in zip(parts[0::3], parts[2::3], strict=True)
+        )
+    )
+
+
+_PLAIN = (nn.Sequential, nn.BatchNorm2d, SynchronizedBatchNorm2d, nn.ReLU, nn.Conv2d)
+
+
+def _is_altered(part: nn.Module) -> bool:
+    """Whether running a part could do more than its tensors tell: hooks, or another class than ours."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or type(part) not in _PLAIN
