@@ -164,7 +164,7 @@ def _aggregation_call(value: Tensor, weight: Tensor, **geometry: Any) -> Aggrega
     footprint = Footprint(**geometry)
     check_maps(value=value)
     rows, columns = footprint.output_size(*value.shape[2:])
-    expected = [len(value), "G", footprint.places, rows * columns]
+    expected = [value.shape[0], "G", footprint.places, rows * columns]
     if weight.dim() != 4 or [*weight.shape[:1], *weight.shape[2:]] != [expected[0], *expected[2:]]:
         raise UserError(
             f"weight has shape {list(weight.shape)}, but it must be [{', '.join(map(str, expected))}] for a value of "

@@ -1,7 +1,7 @@
 """Which backend runs an operator: the first in order that accepts the call, or the one that the user forces.
 
 A backend is a pair of functions for one operator: `supports(call)` returns None or one sentence of refusal, `run(call)`
-computes. A call is the operator's validated arguments, one dataclass per operator. Adding a backend is one `register`.
+computes. It may add `pays(call)`: the automatic choice passes it over where a later one is known to be faster. A call is the operator's validated arguments, one dataclass per operator. Adding a backend is one `register`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ORDER = ("triton", "native", "tiled", "reference")
 class _Implementation:
     supports: Callable[[Any], str | None]
     run: Callable[[Any], Tensor]
+    pays: Callable[[Any], bool]
 
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
@@ -32,10 +33,15 @@ _forced: list[str] = []
 
 
 def register(
-    operator: str, backend: str, *, supports: Callable[[Any], str | None], run: Callable[[Any], Tensor]
+    operator: str,
+    backend: str,
+    *,
+    supports: Callable[[Any], str | None],
+    run: Callable[[Any], Tensor],
+    pays: Callable[[Any], bool] = lambda call: True,
 ) -> None:
     """Offer `backend` (a name of `ORDER`) for `operator`."""
-    _implementations.setdefault(operator, {})[backend] = _Implementation(supports, run)
+    _implementations.setdefault(operator, {})[backend] = _Implementation(supports, run, pays)
 
 
 def backends() -> tuple[str, ...]:
@@ -69,15 +75,16 @@ def answers(operator: str, call: Any) -> dict[str, str | None]:
 
 
 def run(operator: str, call: Any) -> Tensor:
-    """Run a call on the forced backend, or on the first that accepts it."""
+    """Run a call on the forced backend, or on the first that accepts it and pays."""
     forced = _forced[-1] if _forced else os.environ.get("SAN_BACKEND", "auto")
     _check_name(forced)
-    for name in backends() if forced == "auto" else (forced,):
-        offered = _implementations[operator].get(name)
-        refusal = offered.supports(call) if offered else f"{name} does not implement {operator}"
-        if offered and refusal is None:
-            return offered.run(call)
-    raise UserError(f"backend {forced} cannot run this call: {refusal}")
+    if forced != "auto":
+        refusal = answers(operator, call)[forced]
+        if refusal is not None:
+            raise UserError(f"backend {forced} cannot run this call: {refusal}")
+        return _implementations[operator][forced].run(call)
+    offered = [_implementations[operator][name] for name in backends() if name in _implementations[operator]]
+    return next(found for found in offered if found.supports(call) is None and found.pays(call)).run(call)
 
 
 def _check_name(name: str) -> None:

@@ -8,7 +8,6 @@ Legend: B batch, C channels, K = k·k places (row-major), H W input map, P outpu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from san.errors import UserError
 __all__ = ["BORDERS", "Footprint", "Window", "coordinates"]
 
 BORDERS = ("reflect", "zeros")
-
-Index = TypeVar("Index", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ class Footprint:
         """The window onto output rows [row, row_stop), reading only the input rows that they need."""
         lowest, highest = row * self.stride - self.padding, (row_stop - 1) * self.stride + self.padding
         if self.border == "reflect":
-            read = [_reflect(index, height) for index in range(lowest, highest + 1)]
-            first, stop = min(read), max(read) + 1
+            read = _reflect(torch.arange(lowest, highest + 1), height)
+            first, stop = int(read.min()), int(read.max()) + 1
         else:
             first, stop = max(lowest, 0), min(highest + 1, height)
         return Window(self, height, width, row, row_stop, first, stop)
@@ -124,7 +121,8 @@ def coordinates(height: int, width: int, *, like: Tensor) -> Tensor:
     return torch.stack([x.expand(height, width), y.unsqueeze(1).expand(height, width)]).unsqueeze(0)
 
 
-def _reflect(index: Index, size: int) -> Index:
-    """Fold an index of any size into [0, size) by a triangle wave of period 2(size − 1)."""
-    last = size - 1
-    return last - abs(index % max(2 * last, 1) - last)
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Fold integers of any size into [0, size) by a triangle wave of period 2(size − 1)."""
+    period = max(2 * (size - 1), 1)
+    index = index % period
+    return torch.minimum(index, period - index)

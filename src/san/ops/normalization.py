@@ -163,17 +163,16 @@ class BatchNorm:
             self._move_running(total)
         return total.mean, total.deviation / total.count.clamp_min(1)
 
-    @torch.no_grad()
     def _move_running(self, total: Moments) -> None:
-        count = total.count
         if self.running_mean is None or self.running_var is None or self.batches_seen is None:
             return
-        self.batches_seen.add_(1)
-        step = 1 / self.batches_seen if self.momentum is None else self.momentum
-        step = (step * (count > 0)).to(self.running_mean.dtype)
-        unbiased = total.deviation / (count - 1).clamp_min(1)
-        self.running_mean.lerp_(total.mean.to(self.running_mean.dtype), step)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
+        with torch.no_grad():
+            self.batches_seen.add_(1)
+            step = 1 / self.batches_seen if self.momentum is None else self.momentum
+            step = (step * (total.count > 0)).to(self.running_mean.dtype)
+            unbiased = total.deviation / (total.count - 1).clamp_min(1)
+            self.running_mean.lerp_(total.mean.to(self.running_mean.dtype), step)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):

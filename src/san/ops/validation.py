@@ -22,7 +22,7 @@ def check_maps(**maps: Tensor) -> None:
             raise UserError(f"{name} has shape {list(x.shape)}, but channels, height and width must be at least 1")
     (first, like), *others = maps.items()
     for name, x in others:
-        if (len(x), x.shape[2:], x.device) != (len(like), like.shape[2:], like.device):
+        if (x.shape[0], x.shape[2:], x.device) != (like.shape[0], like.shape[2:], like.device):
             raise UserError(
                 f"{name} is {list(x.shape)} on {x.device} and {first} {list(like.shape)} on {like.device}, "
                 "but batch, height, width and device must agree"

@@ -47,6 +47,10 @@ class AttentionCall(ABC):
     def attend(self, scores: Tensor, value: Tensor, window: Window) -> Tensor:
         """Turn γ's output into weights and aggregate the value rows that the window reads: [B, C, P]."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may need a gradient, γ's and the position's left out."""
+        return self.query, self.key, self.value
+
     def elements_per_pixel(self) -> int:
         """Elements of the largest array that the formulas write out, for one output pixel."""
         layers = self.mapping.layers if isinstance(self.mapping, Mapping) else ()

@@ -24,6 +24,14 @@ class AggregationCall:
     weight: Tensor
     footprint: Footprint
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that may need a gradient."""
+        return self.value, self.weight
+
+    def elements_per_pixel(self) -> int:
+        """Elements of the largest array that the formula writes out, for one output pixel."""
+        return self.value.shape[1] * self.footprint.places
+
 
 def attend(weight: Tensor, value: Tensor, window: Window) -> Tensor:
     """weight [B, G, K, P] and the value rows of a window → [B, C, P]; value channel c uses weight group c mod G."""

@@ -40,7 +40,7 @@ class PairwiseCall(attention.AttentionCall):
         if self.position is None:
             return pairs
         places = self.position.relate(position[0], window)
-        return torch.cat([pairs, places.expand(len(pairs), -1, -1, -1)], dim=1)
+        return torch.cat([pairs, places.expand(pairs.shape[0], -1, -1, -1)], dim=1)
 
     def samples_per_pixel(self) -> int:
         """K: γ sees one column per pair."""
