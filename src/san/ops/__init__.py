@@ -2,7 +2,7 @@
 
 Every operator runs on several backends behind one contract; `backends()` lists them, `support()` asks them, and
 `use_backend()` (or the environment variable `SAN_BACKEND`) forces one. Needs torch alone.
-Shapes: B batch, R relation width, C value channels, G weight groups, H W map, K = k·k footprint places, P output pixels.
+Shapes: B batch, R relation width, C value channels, G weight groups, H W map, K = k·k places, P output pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from san.ops import tiled as _tiled  # noqa: F401 (registers the backend)
 from san.ops.dispatch import backends, use_backend
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation.reference import AggregationCall
-from san.ops.kernels.attention import AttentionCall
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.mapping import AnyMapping, Mapping, MappingLayer
@@ -35,6 +34,7 @@ __all__ = [
     "Position",
     "aggregation",
     "backends",
+    "make_call",
     "pairwise_attention",
     "patchwise_attention",
     "relation",
@@ -55,13 +55,11 @@ def aggregation(
     """y_i = Σ_{j∈R(i)} α_ij ⊙ β(x_j): weights that differ at every pixel, applied to the footprint (paper §3).
 
     `value` [B, C, H, W] and `weight` [B, G, K, P] give y [B, C, ⌈H/s⌉, ⌈W/s⌉] in the value's dtype; G divides C, and
-    value channel c uses weight group c mod G. Any floating dtype, contiguous or channels-last; sums in at least float32.
+    value channel c uses weight group c mod G. Any floating dtype and memory format; sums in at least float32.
 
     Raises `UserError` for shapes that do not fit, an even kernel size, an unknown border.
     """
-    call = _aggregation_call(
-        value, weight, kernel_size=kernel_size, stride=stride, dilation=dilation, border=border
-    )
+    call = _aggregation_call(value, weight, kernel_size=kernel_size, stride=stride, dilation=dilation, border=border)
     return _run("aggregation", call, value)
 
 
@@ -146,12 +144,17 @@ def support(operator: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     `san.ops.support("pairwise_attention", query, key, value, mapping, kernel_size=7)`: a backend's answer is None where
     it accepts, else one sentence that says why not. Raises `UserError` for an unknown operator.
     """
-    if operator not in _CALLS:
-        raise UserError(f"operator {operator!r} is unknown; choose one of: {', '.join(_CALLS)}")
-    found = dispatch.answers(operator, _CALLS[operator](*args, **kwargs))
+    found = dispatch.answers(operator, make_call(operator, *args, **kwargs))
     for backend, refusal in found.items():
         print(f"{backend}: {refusal or 'yes'}")
     return found
+
+
+def make_call(operator: str, *args: Any, **kwargs: Any) -> Any:
+    """The validated call of an operator, as backends take it; `UserError` for an unknown operator or bad shapes."""
+    if operator not in _CALLS:
+        raise UserError(f"operator {operator!r} is unknown; choose one of: {', '.join(_CALLS)}")
+    return _CALLS[operator](*args, **kwargs)
 
 
 def _run(operator: str, call: Any, value: Tensor) -> Tensor:
@@ -185,9 +188,10 @@ def _pairwise_call(
     **geometry: Any,
 ) -> PairwiseCall:
     check_maps(query=query, key=key, value=value)
-    width = find_relation("pairwise", relation).width(key.shape[1]) + (position.width if position else 0)
-    call = PairwiseCall(query, key, value, mapping, relation, Footprint(**geometry), position)
-    check_mapping(call, width)
+    footprint = Footprint(**geometry)
+    width = find_relation("pairwise", relation).width(key.shape[1], footprint.places)
+    call = PairwiseCall(query, key, value, mapping, relation, footprint, position)
+    check_mapping(call, width + (position.width if position else 0))
     return call
 
 

@@ -1,13 +1,14 @@
 """Which backend runs an operator: the first in order that accepts the call, or the one that the user forces.
 
 A backend is a pair of functions for one operator: `supports(call)` returns None or one sentence of refusal, `run(call)`
-computes. It may add `pays(call)`: the automatic choice passes it over where a later one is known to be faster. A call is the operator's validated arguments, one dataclass per operator. Adding a backend is one `register`.
+computes. It may add `pays(call)`: the automatic choice passes it over where a later one is known to be faster. A call
+is the operator's validated arguments, one dataclass per operator. Adding a backend is one `register`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def backends() -> tuple[str, ...]:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> Generator[None]:
     """Force one backend inside a `with` block, for every operator: `with san.ops.use_backend("tiled"): …`.
 
     "auto" restores the automatic choice. It outranks the environment variable `SAN_BACKEND`, and holds for all threads.

@@ -41,7 +41,7 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Sample count [], mean [D] and sum of squared deviations from the mean [D]; with a leading [T] for several parts."""
+    """Sample count [], mean [D] and sum of squared deviations from it [D]; several parts have a leading [T]."""
 
     count: Tensor
     mean: Tensor
@@ -168,8 +168,8 @@ class BatchNorm:
             return
         with torch.no_grad():
             self.batches_seen.add_(1)
-            step = 1 / self.batches_seen if self.momentum is None else self.momentum
-            step = (step * (total.count > 0)).to(self.running_mean.dtype)
+            moved = (total.count > 0).to(self.running_mean.dtype)
+            step = moved / self.batches_seen if self.momentum is None else moved * self.momentum
             unbiased = total.deviation / (total.count - 1).clamp_min(1)
             self.running_mean.lerp_(total.mean.to(self.running_mean.dtype), step)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)
@@ -189,7 +189,7 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         started = distributed.is_available() and distributed.is_initialized()
         return started and distributed.get_world_size(self.group) > 1
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.BatchNorm2d gives it)
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, D, H, W]."""
         if not (self.training and self.several_processes()):
             return super().forward(input)

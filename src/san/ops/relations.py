@@ -20,9 +20,8 @@ __all__ = [
     "PAIRWISE_RELATIONS",
     "PATCHWISE_RELATIONS",
     "POSITION_WIDTHS",
-    "PairwiseRelation",
-    "PatchwiseRelation",
     "Position",
+    "Relation",
     "find_relation",
     "relation",
 ]
@@ -31,26 +30,11 @@ POSITION_WIDTHS = {"none": 0, "relative": 2, "absolute": 4}
 
 
 @dataclass(frozen=True)
-class PairwiseRelation:
-    """δ(φ(x_i), ψ(x_j)) of one pair (paper §3.1).
+class Relation:
+    """δ, of one pair (pairwise, paper §3.1) or of a whole footprint (patchwise, §3.2).
 
-    `formula` maps queries [B, R, 1, P] and keys [B, R, K, P] to [B, D, K, P]; `width` maps R to D.
-    """
-
-    formula: Callable[[Tensor, Tensor], Tensor]
-    width: Callable[[int], int]
-
-    def queries(self, query: Tensor, window: Window) -> Tensor:
-        """The queries to compare: those at the centres."""
-        return window.centre(query)
-
-
-@dataclass(frozen=True)
-class PatchwiseRelation:
-    """δ(x_R(i)) of a whole footprint (paper §3.2).
-
-    `formula` maps queries and keys to [B, D, P]. Keys are [B, R, K, P]; queries are [B, R, 1, P], at the centre, or
-    [B, R, K, P] when `query_everywhere`. `width` maps (R, K) to D.
+    `formula` maps queries [B, R, 1, P] and keys [B, R, K, P] to [B, D, K, P] (pairwise) or [B, D, P] (patchwise); with
+    `query_everywhere` queries come as [B, R, K, P] too. `width` maps (R, K) to D.
     """
 
     formula: Callable[[Tensor, Tensor], Tensor]
@@ -75,17 +59,17 @@ def _clique(query: Tensor, key: Tensor) -> Tensor:
 
 
 PAIRWISE_RELATIONS = {
-    "subtraction": PairwiseRelation(lambda query, key: query - key, lambda r: r),
-    "summation": PairwiseRelation(lambda query, key: query + key, lambda r: r),
-    "hadamard": PairwiseRelation(lambda query, key: query * key, lambda r: r),
-    "concatenation": PairwiseRelation(_pairwise_concatenation, lambda r: 2 * r),
-    "dot": PairwiseRelation(lambda query, key: (query * key).sum(1, keepdim=True), lambda r: 1),
+    "subtraction": Relation(lambda query, key: query - key, lambda r, k: r),
+    "summation": Relation(lambda query, key: query + key, lambda r, k: r),
+    "hadamard": Relation(lambda query, key: query * key, lambda r, k: r),
+    "concatenation": Relation(_pairwise_concatenation, lambda r, k: 2 * r),
+    "dot": Relation(lambda query, key: (query * key).sum(1, keepdim=True), lambda r, k: 1),
 }
 
 PATCHWISE_RELATIONS = {
-    "concatenation": PatchwiseRelation(_patchwise_concatenation, lambda r, k: r * (k + 1)),
-    "star": PatchwiseRelation(lambda query, key: (query * key).sum(1), lambda r, k: k),
-    "clique": PatchwiseRelation(_clique, lambda r, k: k * k, query_everywhere=True),
+    "concatenation": Relation(_patchwise_concatenation, lambda r, k: r * (k + 1)),
+    "star": Relation(lambda query, key: (query * key).sum(1), lambda r, k: k),
+    "clique": Relation(_clique, lambda r, k: k * k, query_everywhere=True),
 }
 
 
@@ -121,7 +105,7 @@ class Position:
         return centre - places if self.kind == "relative" else _pairwise_concatenation(centre, places)
 
 
-def find_relation(form: str, kind: str) -> PairwiseRelation | PatchwiseRelation:
+def find_relation(form: str, kind: str) -> Relation:
     """The relation named `kind` of `form` "pairwise" or "patchwise"; `UserError` lists the valid names."""
     forms = {"pairwise": PAIRWISE_RELATIONS, "patchwise": PATCHWISE_RELATIONS}
     if form not in forms:
@@ -152,9 +136,7 @@ def relation(
     Raises `UserError` for an unknown kind or form, unequal shapes, or a bad footprint.
     """
     if query.dim() != 4 or query.shape != key.shape:
-        raise UserError(
-            f"query {list(query.shape)} and key {list(key.shape)} must have the same shape [B, R, H, W]"
-        )
+        raise UserError(f"query {list(query.shape)} and key {list(key.shape)} must have the same shape [B, R, H, W]")
     window = Footprint(kernel_size, stride, dilation, border).window(*query.shape[2:])
     found = find_relation(form, kind)
     return found.formula(found.queries(query, window), window.gather(key))

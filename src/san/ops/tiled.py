@@ -29,7 +29,7 @@ __all__ = ["TILE_ELEMENTS", "TRAINING_ELEMENTS", "pays", "run_aggregation", "run
 # Elements of a tile's largest array: small enough to stay in a core's cache, large enough to hide the cost of a call.
 TILE_ELEMENTS = 1 << 20
 
-# Below this size of its largest array the reference trains faster, since it has nothing to recompute (64 MiB in float32).
+# Below this size of its largest array the reference trains faster, having nothing to recompute (64 MiB in float32).
 TRAINING_ELEMENTS = 1 << 24
 
 
@@ -41,7 +41,7 @@ class _Tile(NamedTuple):
     window: Window
 
     def take(self, x: Tensor, rows: str) -> Tensor:
-        """This tile's part of x [B or 1, …, rows, W]; `rows` says which it holds: "input", "output" or none of the map."""
+        """This tile's part of x [B or 1, …, rows, W], which has `rows` "input" or "output"; "all" takes x whole."""
         if rows == "all":
             return x
         if len(x) > 1:

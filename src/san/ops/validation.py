@@ -8,7 +8,7 @@ from san.errors import UserError
 from san.ops.kernels.attention import AttentionCall
 from san.ops.mapping import Mapping
 
-__all__ = ["check_groups", "check_maps", "check_mapping"]
+__all__ = ["check_groups", "check_mapping", "check_maps"]
 
 
 def check_maps(**maps: Tensor) -> None:

@@ -33,7 +33,7 @@ class PatchwiseCall(attention.AttentionCall):
         return 1
 
     def attend(self, scores: Tensor, value: Tensor, window: Window) -> Tensor:
-        """Scores [B, G·K, 1, P], of which channel g·K + j is group g's weight at place j, then aggregation: [B, C, P]."""
+        """Aggregation by scores [B, G·K, 1, P], whose channel g·K + j is group g's weight at place j: [B, C, P]."""
         weight = scores.squeeze(2).unflatten(1, (-1, window.footprint.places))
         return attend(weight, value, window)
 

@@ -1,0 +1,54 @@
+# make run   trains the small network on the embedded digits      make test       every check and test
+# make lint  style, format, types                                 make test-long  the tests that take minutes
+# make clean removes what make made, except runs/                 make docs       checks the documents
+#
+# All of them create .venv first if need be. PYTHON chooses the interpreter; ARGS is passed on: make run ARGS="--epochs 2".
+.PHONY: run test test-long lint docs clean
+SHELL := /bin/sh
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# Installing again is only needed when what would be installed has changed.
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+TRAIN := .venv/.installed-train-$(KEY)
+DEV := .venv/.installed-dev-$(KEY)
+# --compile: importing uncompiled packages takes twice as long, each time.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --compile -c constraints.txt
+
+run: $(TRAIN)
+	$(BIN)/san train $(ARGS)
+
+test: lint docs
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+test-long: $(DEV)
+	$(BIN)/pytest -m long --timeout 3600 $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ty check
+
+docs: $(DEV)
+	$(BIN)/pytest -q tests/test_documents.py
+
+$(TRAIN): | $(BIN)/python
+	@echo "Installing SAN and what training needs into .venv (minutes the first time)"
+	@$(INSTALL) -e '.[train]'
+	@rm -f .venv/.installed-*
+	@touch $@
+
+$(DEV): | $(BIN)/python
+	@echo "Installing SAN, training and test tools into .venv (minutes the first time)"
+	@$(INSTALL) -e '.[train,dev]'
+	@rm -f .venv/.installed-*
+	@touch $(TRAIN) $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "SAN needs Python 3.11 or newer; choose one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""What all tests share: one thread per worker, fixed seeds, and no writing outside temporary folders."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported anywhere: pytest-xdist already uses every core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("san", deadline=None, derandomize=True)
+settings.load_profile("san")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,179 @@
+"""One suite for all backends: every case, dtype and memory format, outputs and every gradient against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from san import ops
+from san.ops import dispatch, tiled
+from san.ops.cases import CASES, Case, Problem
+
+BACKENDS = [name for name in ops.backends() if name != "reference"]
+HALF_CASES = [name for name in CASES if not name.endswith(("k1", "k11-dilated", "batch1", "stride3", "one-group"))]
+CASES_BY_DTYPE = {
+    torch.float64: list(CASES),
+    torch.float32: list(CASES),
+    torch.bfloat16: HALF_CASES,
+    torch.float16: HALF_CASES[::4],
+}
+PROBLEMS = [
+    pytest.param(CASES[name], dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for dtype, names in CASES_BY_DTYPE.items()
+    for name in names
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles so small that every case has several."""
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1000)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh allocations hold NaN, so that a result which is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def call(problem: Problem, backend: str) -> Tensor:
+    with ops.use_backend(backend):
+        return getattr(ops, problem.operator)(*problem.arguments, **problem.options)
+
+
+def evaluate(problem: Problem, backend: str) -> dict[str, Tensor]:
+    """Output, every gradient for a random cotangent, and the running averages after the call, in float64."""
+    y = call(problem, backend)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    gradients = torch.autograd.grad(y, list(problem.tensors.values()), cotangent)
+    named = {f"d{name}": gradient for name, gradient in zip(problem.tensors, gradients, strict=True)}
+    return {key: x.detach().double() for key, x in {"y": y, **named, **problem.running}.items()}
+
+
+def skip_unless_supported(problem: Problem, backend: str) -> None:
+    request = ops.make_call(problem.operator, *problem.arguments, **problem.options)
+    refusal = dispatch.answers(problem.operator, request)[backend]
+    if refusal is not None:
+        pytest.skip(refusal)
+
+
+def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {key: float((found[key] - exact[key]).abs().max()) if exact[key].numel() else 0.0 for key in exact}
+
+
+def exact_problem(case: Case, dtype: torch.dtype) -> Problem:
+    """The problem of `dtype` with its rounded values carried over to float64."""
+    rounded, problem = case.build(dtype), case.build(torch.float64)
+    with torch.no_grad():
+        for name, x in problem.tensors.items():
+            x.copy_(rounded.tensors[name])
+    return problem
+
+
+def rounding_noise(case: Case, dtype: torch.dtype, exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far the reference itself strays in this dtype when its inputs change by one unit in the last place.
+
+    It measures the magnitude of the terms behind each number, where the number itself may cancel to zero.
+    """
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    worst = dict.fromkeys(exact, 0.0)
+    for seed in range(3):
+        problem = case.build(dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for x in problem.tensors.values():
+                x.mul_(1 + unit * (2 * torch.rand(x.shape, generator=generator) - 1).to(x.dtype))
+        strayed = distances(evaluate(problem, "reference"), exact)
+        worst = {key: max(worst[key], strayed[key]) for key in exact}
+    return worst
+
+
+@pytest.mark.parametrize(("case", "dtype"), PROBLEMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_equals_the_float64_reference(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """The error stays within a few times the noise of rounding and the dtype's resolution.
+
+    Where terms cancel exactly even under noise, the yardstick is one rounding of the largest number around.
+    """
+    problem = case.build(dtype)
+    skip_unless_supported(problem, backend)
+    exact = evaluate(exact_problem(case, dtype), "reference")
+    noise = rounding_noise(case, dtype, exact)
+    found = distances(evaluate(problem, backend), exact)
+    unit, wide = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    largest = {key: float(x.abs().max()) if x.numel() else 0.0 for key, x in exact.items()}
+    for key, error in found.items():
+        assert error <= 16 * noise[key] + 2 * unit * largest[key] + wide * max(largest.values()), key
+
+
+@pytest.mark.parametrize(("case", "dtype"), [p for p in PROBLEMS if p.values[1] != torch.float64])
+def test_reference_rounds_no_more_than_its_dtype(case: Case, dtype: torch.dtype) -> None:
+    """Sums are taken in float32: the error is one rounding to the dtype, and some of float32's, whatever K is."""
+    exact = evaluate(exact_problem(case, dtype), "reference")["y"]
+    found = evaluate(case.build(dtype), "reference")["y"]
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    torch.testing.assert_close(
+        found, exact, rtol=torch.finfo(dtype).eps, atol=64 * torch.finfo(torch.float32).eps * largest
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("backend", ops.backends())
+def test_gradients_equal_finite_differences(backend: str, case: Case) -> None:
+    """Float64 finite differences of every tensor, running averages frozen out of the way."""
+    problem = case.build(torch.float64)
+    skip_unless_supported(problem, backend)
+    names = [name for name, x in problem.tensors.items() if x.numel()]
+    if not names:
+        assert call(problem, backend).shape[0] == 0
+        return
+
+    def operator(*_: Tensor) -> Tensor:
+        return call(problem, backend)
+
+    tensors = [problem.tensors[name] for name in names]
+    assert torch.autograd.gradcheck(operator, tensors, fast_mode=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("backend", ops.backends())
+def test_memory_format_changes_nothing(backend: str, case: Case) -> None:
+    contiguous = evaluate(case.build(torch.float64), backend)
+    channels_last = evaluate(case.build(torch.float64, channels_last=True), backend)
+    for key, x in contiguous.items():
+        torch.testing.assert_close(channels_last[key], x, rtol=1e-10, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("backend", ops.backends())
+def test_two_runs_are_bit_identical(backend: str, case: Case) -> None:
+    first, second = (evaluate(case.build(torch.float32), backend) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("case", [CASES["pairwise-subtraction-LRL-relative"], CASES["patchwise-concatenation-LRL"]])
+def test_tiled_keeps_maps_only(case: Case) -> None:
+    """What tiled keeps for backward does not grow with the footprint."""
+    kept = {}
+    for kernel_size in (3, 11):
+        problem = replace(case, kernel_size=kernel_size, height=24, width=24).build(torch.float32)
+        seen: dict[int, int] = {}
+
+        def pack(x: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[x.untyped_storage().data_ptr()] = (
+                x.untyped_storage().nbytes() if x.dim() == 4 and x.shape[2] == 24 else 0
+            )
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = call(problem, "tiled")
+        assert y.requires_grad
+        kept[kernel_size] = sum(seen.values())
+    maps = sum(x.nbytes for x in (problem.tensors[name] for name in ("query", "key", "value")))
+    assert kept[3] == kept[11] <= 2 * maps
