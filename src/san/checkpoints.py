@@ -7,69 +7,69 @@ interruption never leaves half a file.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 from torch import nn
 
 from san.errors import UserError
-from san.models import create_model, default_cfgs, load_weights
-from san.weights import FORMAT_VERSION, identify, read_weights
+from san.models import build_model, create_model, load_weights
+from san.weights import FORMAT_VERSION, PREPROCESSING, identify, read_weights
 
-__all__ = ["PREPROCESSING", "convert", "load_model", "push_to_hub", "save_model"]
-
-PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+__all__ = ["convert", "hub_form", "load_model", "push_to_hub", "save_model"]
 
 
 def save_model(model: nn.Module, path: str | Path) -> None:
-    """Write a model made by `create_model`, with its preprocessing and class names, to a safetensors file.
+    """Write a model made by `create_model`, with its preprocessing and class names, to a .safetensors file.
 
-    The preprocessing and `label_names` are those in `model.pretrained_cfg`. Raises `UserError` for a foreign model.
+    The preprocessing and `label_names` are those in `model.pretrained_cfg`. Parameters keep their dtype. Raises
+    `UserError` for a foreign model, class names that do not fit, another suffix, or a place that cannot be written.
     """
-    if not hasattr(model, "architecture"):
-        raise UserError("only a model made by san.create_model can be saved, because the file must say how to build it")
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "architecture": model.architecture,
-        "options": model.options,
-        "num_classes": model.num_classes,
-        "preprocessing": {key: model.pretrained_cfg.get(key) for key in PREPROCESSING},
-        "label_names": model.pretrained_cfg.get("label_names"),
-    }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _target(path)
+    metadata = json.dumps(_describe(model))
     unfinished = path.with_name(path.name + ".part")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, unfinished, {"format": "pt", "san": json.dumps(metadata)})
-    os.replace(unfinished, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished, {"format": "pt", "san": metadata})
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """Rebuild the model of a run folder, a safetensors file of ours or a published `.pth`, in evaluation mode on the CPU.
+    """Rebuild the model of a run folder, a .safetensors file of ours or a published `.pth`.
 
+    In evaluation mode, in float32, on the CPU. A folder as `push_to_hub` publishes it is taken too.
     Raises `UserError` if the file is missing, foreign or damaged, or would run code.
     """
+    if (Path(path) / "config.json").is_file():
+        return create_model(f"local-dir:{path}").eval()
     weights = read_weights(path)
-    metadata = weights.metadata
-    if metadata:
-        name, classes, options = _described(metadata, path)
+    if weights.metadata is None:
+        name, classes, options = identify(weights)
     else:
-        name, classes, options = identify(weights.tensors)
-    model = create_model(name, classes, **options)
-    load_weights(model, path)
-    preprocessing = {key: value for key, value in metadata.get("preprocessing", {}).items() if value is not None}
-    model.pretrained_cfg.update(preprocessing, num_classes=classes, label_names=metadata.get("label_names"))
+        name, classes, options = (weights.metadata[key] for key in ("architecture", "num_classes", "options"))
+    try:
+        model = build_model(name, classes, options)
+    except UserError as error:
+        raise UserError(f"{weights.source} holds a network that cannot be built: {error}") from error
+    load_weights(model, weights)
     return model.eval()
 
 
 def convert(source: str | Path, target: str | Path) -> str:
-    """Write a published checkpoint (or any that `load_model` reads) as a safetensors file; return the network's name."""
-    if Path(target).suffix != ".safetensors":
-        raise UserError(f"{target} must end in .safetensors")
+    """Write a published checkpoint (or any that `load_model` reads) as a .safetensors file; return the network's name.
+
+    Raises `UserError` as `load_model` and `save_model` do.
+    """
+    _target(target)
     model = load_model(source)
     save_model(model, target)
     return str(model.architecture)
@@ -78,17 +78,49 @@ def convert(source: str | Path, target: str | Path) -> str:
 def push_to_hub(model: nn.Module, repo_id: str, **options: Any) -> str:
     """Publish a model on the Hugging Face hub through timm; `create_model("hf-hub:" + repo_id)` loads it again.
 
-    The other side needs `import san.models`, which registers the architecture. `options` as `timm.models.push_to_hf_hub`.
+    Only safetensors are published, unless `safe_serialization` says otherwise. timm itself loads the model too, after
+    `import san.models`, which registers the architecture. `options` as `timm.models.push_to_hf_hub`.
     """
-    config = {**model.pretrained_cfg, "architecture": model.architecture}
-    return str(push_to_hf_hub(model, repo_id, model_config=config, model_args=model.options, **options))
+    published, description = hub_form(model)
+    return str(push_to_hf_hub(published, repo_id, **description, **{"safe_serialization": True, **options}))
 
 
-def _described(metadata: dict[str, Any], path: str | Path) -> tuple[str, int, dict[str, Any]]:
+def hub_form(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """A copy of a model as timm publishes it, and the arguments of timm's `save_for_hf` that tell how to build it."""
+    metadata = _describe(model)
+    published: Any = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    if getattr(model, "in_chans", 3) != 3:
+        # timm takes published first convolutions to be for colour and would adapt this one, or drop it.
+        published.pretrained_cfg["first_conv"] = None
+    return published, {"model_args": metadata["options"], "model_config": {"label_names": metadata["label_names"]}}
+
+
+def _target(path: str | Path) -> Path:
+    if Path(path).suffix != ".safetensors":
+        raise UserError(f"{path} is no place for a model: its name must end in .safetensors")
+    return Path(path)
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """The metadata of a file."""
+    if not hasattr(model, "architecture"):
+        raise UserError("only a model made by san.create_model can be saved, because the file must say how to build it")
+    described: Any = model
+    names, classes = described.pretrained_cfg.get("label_names"), described.num_classes
+    if names is not None and len(names) != classes:
+        raise UserError(
+            f"the model tells {classes} classes apart, but pretrained_cfg['label_names'] has {len(names)} names; "
+            "set it to as many, or to None"
+        )
     try:
-        name, classes, options = metadata["architecture"], int(metadata["num_classes"]), dict(metadata["options"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not say which network it holds; save it again with san.checkpoints.save_model") from error
-    if name not in default_cfgs:
-        raise UserError(f"{path} holds a {name!r}, which this version of SAN does not know; update SAN")
-    return name, classes, options
+        json.dumps(described.options)
+    except TypeError as error:
+        raise UserError(f"an option of the model is not a plain value, so no file can hold it: {error}") from error
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": described.architecture,
+        "options": described.options,
+        "num_classes": classes,
+        "preprocessing": {key: described.pretrained_cfg.get(key) for key in PREPROCESSING},
+        "label_names": None if names is None else list(names),
+    }

@@ -6,6 +6,9 @@ weights load as they are. Legend: B batch, C channels, R relation width, G weigh
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from timm.layers import DropPath
@@ -16,7 +19,7 @@ from san.errors import UserError
 from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
 from san.ops.mapping import MAPPINGS, AnyMapping
 from san.ops.normalization import SynchronizedBatchNorm2d
-from san.ops.relations import POSITION_WIDTHS, PairwiseRelation, PatchwiseRelation, find_relation
+from san.ops.relations import POSITION_WIDTHS, find_relation
 
 __all__ = [
     "ATTENTIONS",
@@ -45,14 +48,20 @@ class _Attention(nn.Module):
         transformations: str,
     ) -> None:
         super().__init__()
-        width = relation_channels or max(in_channels // 16, 1)
+        width = max(in_channels // 16, 1) if relation_channels is None else relation_channels
+        if min(in_channels, out_channels, width) < 1:
+            raise UserError(
+                f"in_channels, out_channels and relation_channels are {in_channels}, {out_channels} and {width}, "
+                "but they must be at least 1"
+            )
         if transformations not in TRANSFORMATIONS:
             raise UserError(
                 f"transformations {transformations!r} is unknown; choose one of: {', '.join(TRANSFORMATIONS)}"
             )
         if transformations == "query=key=value" and width != out_channels:
             raise UserError(
-                f"query=key=value needs relation_channels = out_channels, but they are {width} and {out_channels}"
+                f"query=key=value needs equal widths, but relation_channels is {width} and out_channels is "
+                f"{out_channels}; in blocks and networks, make relation_reduction = value_reduction"
             )
         self.in_channels, self.out_channels, self.relation_channels = in_channels, out_channels, width
         self.transformations = transformations
@@ -84,15 +93,20 @@ class _Attention(nn.Module):
 
 
 class PairwiseAttention(_Attention):
-    """y_i = Σ_j α_ij ⊙ β(x_j), α_ij = softmax_j γ([δ(φ(x_i), ψ(x_j)), position]) (paper §3.1); a set operator.
+    """y_i = Σ_j α_ij ⊙ β(x_j), α_ij = softmax_j γ([δ(φ(x_i), ψ(x_j)), position]) (paper §3.1).
 
-    Stands where `nn.Conv2d(in_channels, out_channels, kernel_size, padding="same")` stands: x [B, in_channels, H, W] →
-    [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉], any map size, contiguous or channels-last.
+    Without position a set operator: the order of the footprint's places does not matter. Stands where
+    `nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)` stands: x [B, in_channels, H, W] →
+    [B, out_channels, ⌈H/stride⌉, ⌈W/stride⌉], any map size and float dtype, contiguous or channels-last.
 
-    `relation`: subtraction, summation, hadamard, concatenation, dot. `mapping` γ: L, LRL, LRLRL. `position`: relative,
-    absolute, none. `transformations`: different, query=key, query=key=value (needs equal widths). `relation_channels`
-    R defaults to in_channels/16, at least 1. `share` value channels use one weight and must divide out_channels.
-    `border`: reflect, zeros. Departures from the paper: see `san.ops.pairwise_attention`. Raises `UserError` for bad options.
+    `relation` δ: subtraction, summation, hadamard, concatenation, dot. `mapping` γ: L, LRL, LRLRL. `position`:
+    relative, absolute, none. `transformations`: different, query=key, query=key=value (needs equal widths).
+    `relation_channels` R defaults to in_channels/16, at least 1. `share` value channels use one weight and must divide
+    out_channels. `border`: reflect, zeros.
+
+    Parts of γ, `conv_w`, may be hooked, parametrised or replaced; γ then runs as a module, on the reference backend.
+    Of the position, `conv_p`, only weight and bias are used. Departures from the paper: see `san.ops`.
+    Raises `UserError` for options that do not fit, and for an input that is not [B, in_channels, H, W].
     """
 
     def __init__(
@@ -117,9 +131,8 @@ class PairwiseAttention(_Attention):
         found = find_relation("pairwise", relation)
         if position not in POSITION_WIDTHS:
             raise UserError(f"position {position!r} is unknown; choose one of: {', '.join(POSITION_WIDTHS)}")
-        assert isinstance(found, PairwiseRelation)
         self.relation, self.position = relation, position
-        width = found.width(self.relation_channels) + POSITION_WIDTHS[position]
+        width = found.width(self.relation_channels, self.footprint.places) + POSITION_WIDTHS[position]
         self.conv_w = _mapping(mapping, width, self.relation_channels, _groups(out_channels, share))
         if position != "none":
             self.conv_p = nn.Conv2d(2, 2, 1)
@@ -135,11 +148,11 @@ class PairwiseAttention(_Attention):
 
 
 class PatchwiseAttention(_Attention):
-    """y_i = Σ_j α_ij ⊙ β(x_j), α_i = γ(δ(x_R(i))) (paper §3.2): it can represent any k×k convolution.
+    """y_i = Σ_j α_ij ⊙ β(x_j), α_i = γ(δ(x_R(i))), without softmax (paper §3.2): it can represent any k×k convolution.
 
-    Stands where a k×k convolution stands, as `PairwiseAttention` does. `relation`: concatenation, star, clique.
-    `mapping` γ: L, LRL, LRLRL; its hidden width is G = out_channels/share. Other options as in `PairwiseAttention`.
-    Raises `UserError` for bad options.
+    Stands where a k×k convolution stands, as `PairwiseAttention` does. `relation` δ: concatenation, star, clique.
+    `mapping` γ: L, LRL, LRLRL; its hidden width is G = out_channels/share. Other options, and what may be done to γ,
+    as in `PairwiseAttention`. Raises `UserError` as it does.
     """
 
     def __init__(
@@ -161,22 +174,20 @@ class PatchwiseAttention(_Attention):
             in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
         )
         found = find_relation("patchwise", relation)
-        assert isinstance(found, PatchwiseRelation)
         self.relation = relation
         places, groups = self.footprint.places, _groups(out_channels, share)
         self.conv_w = _mapping(mapping, found.width(self.relation_channels, places), groups, groups * places)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
-        return patchwise_attention(
-            *self.transform(x), _gamma(self.conv_w), relation=self.relation, **self.geometry()
-        )
+        return patchwise_attention(*self.transform(x), _gamma(self.conv_w), relation=self.relation, **self.geometry())
 
 
 class ScalarAttention(_Attention):
     """y_i = Σ_j softmax_j(φ(x_i)ᵀψ(x_j)) β(x_j): dot-product attention over a footprint, the paper's comparison (§3).
 
-    One weight for all channels, no mapping, no position, no scaling by √R. Stands where a k×k convolution stands.
+    One weight for all channels, no mapping, no position, no scaling by √R. Stands where a k×k convolution stands;
+    options as in `PairwiseAttention`. Raises `UserError` as it does.
     """
 
     def __init__(
@@ -206,9 +217,11 @@ ATTENTIONS = {"pairwise": PairwiseAttention, "patchwise": PatchwiseAttention, "s
 class SelfAttentionBlock(nn.Module):
     """x + Conv1×1(ReLU(BN(Attention(ReLU(BN(x)))))), the paper's residual bottleneck (§4.2), pre-activation.
 
-    [B, channels, H, W] → the same. Inside, value width is channels/r2 = channels/4 and relation width
-    channels/r1 = channels/16. `attention` is pairwise, patchwise or scalar; `options` go to that layer. `drop_path`
-    is the probability that training skips the residual branch of an image (0 in the paper).
+    [B, channels, H, W] → the same. Inside, value width is channels/r2 and relation width channels/r1, with r2 =
+    `value_reduction` and r1 = `relation_reduction`. `attention` is pairwise, patchwise or scalar; `options` go to that
+    layer. `drop_path` is the probability that training skips the residual branch of an image (0 in the paper).
+
+    Raises `UserError` for options that do not fit.
     """
 
     def __init__(
@@ -223,12 +236,16 @@ class SelfAttentionBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if attention not in ATTENTIONS:
-            raise UserError(f"attention {attention!r} is unknown; choose one of: {', '.join(ATTENTIONS)}")
+        if min(value_reduction, relation_reduction) < 1 or value_reduction > channels:
+            raise UserError(
+                f"value_reduction is {value_reduction} and relation_reduction {relation_reduction}, "
+                f"but they must be at least 1 and leave some of {channels} channels"
+            )
+        _check_options(attention, options)
         width = channels // value_reduction
         options.setdefault("relation_channels", max(channels // relation_reduction, 1))
         self.bn1 = nn.BatchNorm2d(channels)
-        self.sam = _construct(attention, channels, width, kernel_size, options)
+        self.sam = ATTENTIONS[attention](channels, width, kernel_size, **options)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv = nn.Conv2d(width, channels, 1)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -239,12 +256,17 @@ class SelfAttentionBlock(nn.Module):
         return x + self.drop_path(self.conv(F.relu(self.bn2(y))))
 
 
-def _construct(attention: str, channels: int, width: int, kernel_size: int, options: dict[str, Any]) -> nn.Module:
-    try:
-        return ATTENTIONS[attention](channels, width, kernel_size, **options)
-    except TypeError as error:
-        unknown = str(error).rpartition(" ")[2]
-        raise UserError(f"{attention} attention has no option {unknown}") from error
+def _check_options(attention: str, options: dict[str, Any]) -> None:
+    """Options of a block's layer: all but the widths, the kernel size and the stride, which the block decides."""
+    if attention not in ATTENTIONS:
+        raise UserError(f"attention {attention!r} is unknown; choose one of: {', '.join(ATTENTIONS)}")
+    parameters = signature(ATTENTIONS[attention]).parameters.values()
+    known = ["dilation", *(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise UserError(
+            f"a block's {attention} attention has no option {unknown[0]!r}; choose among: {', '.join(known)}"
+        )
 
 
 def _groups(out_channels: int, share: int) -> int:
@@ -259,28 +281,43 @@ def _mapping(name: str, width: int, hidden: int, out: int) -> nn.Sequential:
         raise UserError(f"mapping {name!r} is unknown; choose one of: {', '.join(MAPPINGS)}")
     widths = [width, *[hidden] * (MAPPINGS[name] - 1), out]
     parts: list[nn.Module] = []
-    for taken, given in zip(widths, widths[1:], strict=False):
-        last = len(parts) == 3 * (MAPPINGS[name] - 1)
-        parts += [nn.BatchNorm2d(taken), nn.ReLU(), nn.Conv2d(taken, given, 1, bias=last)]
+    for layer, (taken, given) in enumerate(itertools.pairwise(widths), start=1):
+        parts += [nn.BatchNorm2d(taken), nn.ReLU(), nn.Conv2d(taken, given, 1, bias=layer == MAPPINGS[name])]
     return nn.Sequential(*parts)
 
 
 def _gamma(parts: nn.Sequential) -> AnyMapping:
     """γ as operators take it: its tensors, or the module itself where someone changed or listens to a part."""
-    if any(_is_altered(part) for part in parts.modules()):
-        return parts
+    if not _is_plain(parts):
+        return _module_mapping(parts)
+    layers: Any = zip(parts[0::3], parts[2::3], strict=True)
     return Mapping(
         tuple(
             MappingLayer(BatchNorm.of(norm), convolution.weight[:, :, 0, 0], convolution.bias)
-            for norm, convolution in zip(parts[0::3], parts[2::3], strict=True)
+            for norm, convolution in layers
         )
     )
 
 
-_PLAIN = (nn.Sequential, nn.BatchNorm2d, SynchronizedBatchNorm2d, nn.ReLU, nn.Conv2d)
+def _module_mapping(parts: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    """γ as a module, in its own dtype: operators hand over at least float32."""
+    dtype = next((parameter.dtype for parameter in parts.parameters()), None)
+    return lambda x: parts(x.to(dtype or x.dtype))
 
 
-def _is_altered(part: nn.Module) -> bool:
-    """Whether running a part could do more than its tensors tell: hooks, or another class than ours."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return bool(hooks) or type(part) not in _PLAIN
+_LAYER = ((nn.BatchNorm2d, SynchronizedBatchNorm2d), (nn.ReLU,), (nn.Conv2d,))
+
+
+def _is_plain(parts: nn.Sequential) -> bool:
+    """Whether γ is as `_mapping` builds it, so that its tensors tell all that running it would do."""
+    return (
+        type(parts) is nn.Sequential
+        and len(parts) % 3 == 0
+        and all(type(part) in _LAYER[place % 3] for place, part in enumerate(parts))
+        and all(part.kernel_size == (1, 1) and part.groups == 1 for part in parts[2::3])
+        and not any(map(_is_heard, parts.modules()))
+    )
+
+
+def _is_heard(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)

@@ -1,53 +1,58 @@
 """The paper's networks and their ResNet baselines, built by name; importing this module registers them with timm.
 
-Parameter names are the authors': conv_in, bn_in, then conv{s}, layer{s}, bn{s} for each stage s, and fc. timm's protocol
-(features_only, forward_intermediates, reset_classifier, gradient checkpointing, …) holds for all of them.
+Parameter names are the authors': conv_in, bn_in, then conv{s}, layer{s}, bn{s} for each stage s, and fc. timm's
+protocol (features_only, forward_intermediates, reset_classifier, gradient checkpointing, …) holds for all of them.
+torch.compile and torch.export take the networks; TorchScript and torch.fx do not follow them.
 Legend: B batch, C channels, H W map.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, register_model
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from san.errors import UserError
 from san.layers import ATTENTIONS, SelfAttentionBlock
-from san.weights import read_weights
+from san.weights import NETWORKS, PREPROCESSING, Weights, read_weights
 
-__all__ = ["SAN", "create_model", "list_models", "load_weights"]
+__all__ = ["SAN", "build_model", "create_model", "list_models", "load_weights"]
 
 _STEM_WIDTH = 64
 
 
 class SAN(nn.Module):
-    """Self-attention network: a pointwise stem, then stages of MaxPool → Conv1×1 → self-attention blocks → BN·ReLU (§4.2).
+    """Self-attention network (§4.2): pointwise stem, then stages of MaxPool → Conv1×1 → attention blocks → BN·ReLU.
 
-    [B, in_chans, H, W] → [B, num_classes]; any H, W that survive the poolings. `blocks`, `widths` and `kernels` have one
-    entry a stage; `pools` says which stages halve the map and defaults to all, or, with `small_images`, to all but the
-    first two. `attention` is pairwise, patchwise or scalar; `attention_options` (relation, mapping, position,
-    transformations, share, border, value_reduction, relation_reduction) go to every block. `drop_path_rate` grows
-    linearly over the blocks; `drop_rate` is dropout before the classifier; both are 0 in the paper.
+    [B, in_chans, H, W] → [B, num_classes]; any H, W that survive the poolings. `blocks`, `widths` and `kernels` have
+    one entry a stage; `pools` says which stages halve the map and defaults to all, or, with `small_images`, to all but
+    the first two. `attention` is pairwise, patchwise or scalar; `attention_options` go to every block: relation,
+    mapping, position, transformations, share, border, dilation, value_reduction, relation_reduction. `drop_path_rate`
+    grows linearly over the blocks; `drop_rate` is dropout before the classifier; both are 0 in the paper.
 
     Initialisation is PyTorch's defaults, as the authors'. Raises `UserError` for options that do not fit.
     """
 
     def __init__(
         self,
-        blocks: Sequence[int] = (2, 1, 2, 4, 1),
-        widths: Sequence[int] = (64, 256, 512, 1024, 2048),
-        kernels: Sequence[int] = (3, 7, 7, 7, 7),
+        blocks: Sequence[int] = NETWORKS["san10"]["blocks"],
+        widths: Sequence[int] = NETWORKS["san10"]["widths"],
+        kernels: Sequence[int] = NETWORKS["san10"]["kernels"],
         attention: str = "pairwise",
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -59,22 +64,18 @@ class SAN(nn.Module):
         **attention_options: Any,
     ) -> None:
         super().__init__()
-        stages = len(blocks)
-        pools = [not small_images or stage >= 2 for stage in range(stages)] if pools is None else list(pools)
-        if not len(widths) == len(kernels) == len(pools) == stages:
-            raise UserError(
-                f"blocks, widths, kernels and pools must have one entry a stage, but they have "
-                f"{stages}, {len(widths)}, {len(kernels)} and {len(pools)}"
-            )
+        self.pools = [not small_images or stage >= 2 for stage in range(len(blocks))] if pools is None else list(pools)
+        _check_stages(blocks, widths, kernels, self.pools)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
-        self.pools = pools
         self.feature_info: list[dict[str, Any]] = []
         self.conv_in = nn.Conv2d(in_chans, _STEM_WIDTH, 1, bias=False)
         self.bn_in = nn.BatchNorm2d(_STEM_WIDTH)
-        rates = calculate_drop_path_rates(drop_path_rate, list(blocks), stagewise=True)
-        for stage in range(stages):
-            self._add_stage(stage, widths, kernels[stage], attention, rates[stage], attention_options)
+        step = drop_path_rate / max(sum(blocks) - 1, 1)
+        for stage in range(len(blocks)):
+            before = sum(blocks[:stage])
+            rates = [step * (before + block) for block in range(blocks[stage])]
+            self._add_stage(stage, widths, kernels[stage], attention, rates, attention_options)
         self.num_features = self.head_hidden_size = widths[-1]
         self.global_pool, self.fc = create_classifier(widths[-1], num_classes, pool_type=global_pool)
 
@@ -100,18 +101,18 @@ class SAN(nn.Module):
         if self.pools[stage]:
             x = F.max_pool2d(x, 2)
         x = self.get_submodule(f"conv{stage}")(x)
-        layer = self.get_submodule(f"layer{stage}")
-        recompute = self.grad_checkpointing and not torch.jit.is_scripting()
-        x = checkpoint_seq(layer, x) if recompute else layer(x)
+        for block in self.get_submodule(f"layer{stage}").children():
+            x = _recomputed(block, x) if self.grad_checkpointing else block(x)
         return F.relu(self.get_submodule(f"bn{stage}")(x))
 
     def _stem(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise UserError(f"the network takes [B, {self.in_chans}, H, W], but the input is {list(x.shape)}")
-        if min(x.shape[2:]) < self.feature_info[-1]["reduction"]:
+        smallest = self.feature_info[-1]["reduction"]
+        if min(x.shape[2:]) < smallest:
             raise UserError(
-                f"the input is {x.shape[2]}×{x.shape[3]}, but the network halves it to nothing below "
-                f"{self.feature_info[-1]['reduction']} pixels; use small_images=True or larger images"
+                f"the input is {x.shape[2]}×{x.shape[3]}, but the poolings need at least {smallest}×{smallest} pixels; "
+                "give larger images or build it with small_images=True"
             )
         return F.relu(self.bn_in(self.conv_in(x)))
 
@@ -159,18 +160,22 @@ class SAN(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last one that `indices` names, and the classifier; return the indices."""
+        """Drop the stages behind the last one that `indices` names, and the classifier; return the indices.
+
+        `prune_norm` changes nothing: every stage ends in BatchNorm.
+        """
         taken, last = feature_take_indices(len(self.feature_info), indices)
         for stage in range(last + 1, len(self.feature_info)):
             for part in ("conv", "layer", "bn"):
                 delattr(self, f"{part}{stage}")
         del self.feature_info[last + 1 :], self.pools[last + 1 :]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
         if prune_head:
             self.reset_classifier(0, "")
         return taken
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in backward instead of keeping what they computed."""
+        """Recompute blocks in backward instead of keeping what they computed; running averages still move once."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -178,47 +183,86 @@ class SAN(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for `num_classes` (0: none), and the pooling if given ("" : none)."""
+        """Replace the classifier by a new one for `num_classes` (0: none), and the pooling if given ("": none)."""
         self.num_classes = num_classes
         kind = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=kind)
+        pool, classifier = create_classifier(self.num_features, num_classes, pool_type=kind)
+        self.global_pool, self.fc = pool.train(self.training), classifier.train(self.training).to(self.conv_in.weight)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """How parameter names group into stem and blocks, for layer-wise learning rates."""
-        stage = r"^(?:conv|layer|bn)(\d+)"
-        blocks = stage if coarse else [(r"^layer(\d+)\.(\d+)", None), (stage, (0,))]
-        return {"stem": r"^(?:conv|bn)_in", "blocks": blocks}
+        """How parameter names group into stem and stages, or blocks unless `coarse`, for layer-wise learning rates."""
+        if coarse:
+            return {"stem": r"^(?:conv|bn)_in", "blocks": r"^(?:conv|layer|bn)(\d+)"}
+        # A stage's convolution goes with its first block, its BatchNorm with its last (timm's sign for "as before").
+        ends = [(r"^conv(\d+)", (0,)), (r"^bn(\d+)", (99999,))]
+        return {"stem": r"^(?:conv|bn)_in", "blocks": [(r"^layer(\d+)\.(\d+)", None), *ends]}
 
 
-_BLOCKS = {"san10": (2, 1, 2, 4, 1), "san15": (3, 2, 3, 5, 2), "san19": (3, 3, 4, 6, 3)}
-_SMALL = {"blocks": (1, 2, 1), "widths": (64, 128, 256), "kernels": (3, 5, 5)}
+def _check_stages(blocks: Sequence[int], widths: Sequence[int], kernels: Sequence[int], pools: Sequence[bool]) -> None:
+    if not len(blocks) == len(widths) == len(kernels) == len(pools) > 0:
+        raise UserError(
+            "blocks, widths, kernels and pools must have one entry a stage, but they have "
+            f"{len(blocks)}, {len(widths)}, {len(kernels)} and {len(pools)}"
+        )
+    if min(blocks) < 0 or min(widths) < 1:
+        raise UserError(f"blocks are {list(blocks)} and widths {list(widths)}, but they must be at least 0 and 1")
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x) that keeps x alone for backward."""
+    # Compiled code moves running averages once by itself, and takes no contexts.
+    if torch.compiler.is_compiling():
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, block))
+
+
+def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _averages_at_rest(block)
+
+
+@contextmanager
+def _averages_at_rest(block: nn.Module) -> Generator[None]:
+    """Inside, BatchNorm's running averages stay as they are: recomputing must not move them a second time."""
+    norms: list[Any] = [part for part in block.modules() if getattr(part, "running_mean", None) is not None]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    # Without averages BatchNorm would keep other tensors than in the forward, which checkpointing refuses.
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 _BASELINES = {"26": (1, 2, 4, 1), "38": (2, 3, 5, 2), "50": (3, 4, 6, 3)}
 
 
 def _create_san(variant: str, pretrained: bool = False, **options: Any) -> nn.Module:
     size, attention = variant.split("_")
-    defaults = _SMALL if size == "san4" else {"blocks": _BLOCKS[size]}
-    arguments = {"attention": attention, **defaults, **options}
-    model = build_model_with_cfg(
-        SAN, variant, pretrained, feature_cfg={"feature_cls": "getter", "out_indices": _stages(arguments)}, **arguments
-    )
+    arguments: dict[str, Any] = {"attention": attention, **NETWORKS[size], **options}
+    features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments["blocks"])))}
+    model = build_model_with_cfg(SAN, variant, pretrained, feature_cfg=features, **arguments)
     return _remember(model, variant, options)
 
 
-def _stages(arguments: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(range(len(arguments["blocks"])))
-
-
-def _create_baseline(variant: str, pretrained: bool = False, small_images: bool = False, **options: Any) -> nn.Module:
-    arguments = {"block": Bottleneck, "layers": _BASELINES[variant[-2:]], "zero_init_last": False, **options}
-    builder = _small_resnet if small_images else ResNet
-    model = build_model_with_cfg(builder, variant, pretrained, **arguments)
-    return _remember(model, variant, {"small_images": small_images, **options} if small_images else options)
+def _create_baseline(variant: str, pretrained: bool = False, **options: Any) -> nn.Module:
+    arguments: dict[str, Any] = {
+        "block": Bottleneck,
+        "layers": _BASELINES[variant[-2:]],
+        "zero_init_last": False,
+        **options,
+    }
+    builder = _small_resnet if arguments.pop("small_images", False) else ResNet
+    return _remember(build_model_with_cfg(builder, variant, pretrained, **arguments), variant, options)
 
 
 def _small_resnet(**arguments: Any) -> ResNet:
     """ResNet without its first two halvings, for images of 28 to 64 pixels."""
-    model = ResNet(**arguments)
+    model: Any = ResNet(**arguments)
+    if not isinstance(model.conv1, nn.Conv2d):
+        raise UserError("small_images goes with the plain stem only; leave out stem_type")
     model.conv1.stride = (1, 1)
     model.maxpool = nn.Identity()
     for info, factor in zip(model.feature_info, (2, 4, 4, 4, 4), strict=True):
@@ -227,10 +271,17 @@ def _small_resnet(**arguments: Any) -> ResNet:
 
 
 def _remember(model: nn.Module, architecture: str, options: dict[str, Any]) -> nn.Module:
-    """Note on the model how to build it again, for checkpoints."""
-    own = {"num_classes", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "out_indices"}
-    model.architecture = architecture  # ty: ignore[unresolved-attribute]
-    model.options = {name: value for name, value in options.items() if name not in own}  # ty: ignore[unresolved-attribute]
+    """Note on the model how to build it again and, in `pretrained_cfg`, what travels with it."""
+    if "features_only" in options:
+        return model
+    remembered: Any = model
+    remembered.architecture = architecture
+    remembered.options = {name: options[name] for name in _option_names(architecture) if name in options}
+    carried, names = remembered.pretrained_cfg, remembered.pretrained_cfg.get("label_names")
+    # Read from JSON, tuples are lists.
+    carried.update({key: tuple(value) for key, value in carried.items() if isinstance(value, list)})
+    carried["input_size"] = (remembered.in_chans, *carried["input_size"][1:])
+    carried["label_names"] = list(names) if names and len(names) == remembered.num_classes else None
     return model
 
 
@@ -252,7 +303,7 @@ def _default_cfg(variant: str) -> dict[str, Any]:
     }
 
 
-_SANS = [f"{size}_{form}" for size in ("san4", *_BLOCKS) for form in ("pairwise", "patchwise")]
+_SANS = [f"{size}_{form}" for size in NETWORKS for form in ("pairwise", "patchwise")]
 default_cfgs = {name: _default_cfg(name) for name in (*_SANS, *(f"baseline_resnet{n}" for n in _BASELINES))}
 
 
@@ -277,46 +328,109 @@ def list_models() -> list[str]:
     return list(default_cfgs)
 
 
-def create_model(
-    name: str, num_classes: int = 1000, checkpoint: str | Path | None = None, **options: Any
-) -> nn.Module:
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def create_model(name: str, num_classes: int = 1000, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
     """Build a network by name, in training mode, in float32 on the CPU; with `checkpoint`, load its weights.
 
-    `name` is one of `list_models()`, or what timm loads from a hub or a folder: "hf-hub:owner/model", "local-dir:path".
-    `checkpoint` is a run folder, a safetensors file of ours or a published `.pth`; its network and number of classes must
-    be these. `options` for SANs: attention, relation, mapping, position, transformations, share, border, kernels, blocks,
-    widths, value_reduction, relation_reduction, small_images, in_chans, drop_rate, drop_path_rate; for the
-    baselines: small_images and what timm's `ResNet` takes.
+    `name` is one of `list_models()`, or what timm loads from a hub or a folder, "hf-hub:owner/model" or
+    "local-dir:path"; there, 1000 leaves the number of classes as published, and another number makes a new classifier.
+    `checkpoint` is a run folder, a safetensors file of ours or a published `.pth`. Its network and number of classes
+    must be these; options, preprocessing and class names that it carries hold where `options` does not give others.
 
+    `options` for SANs: attention, relation, mapping, position, transformations, share, border, dilation, kernels,
+    blocks, widths, pools, value_reduction, relation_reduction, small_images, in_chans, drop_rate, drop_path_rate,
+    global_pool; for the baselines: small_images and what timm's `ResNet` takes; for both features_only, out_indices.
+
+    The model carries `architecture`, `options`, `num_classes`, and in `pretrained_cfg` preprocessing and class names.
     Raises `UserError` for an unknown name or option, or a checkpoint that does not fit.
     """
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return timm.create_model(name, pretrained=True, **options)
-    if name not in default_cfgs:
-        near = difflib.get_close_matches(name, default_cfgs, 1, 0.0)[0]
-        raise UserError(f"model {name!r} is unknown, did you mean {near}? Choose one of: {', '.join(default_cfgs)}")
-    try:
-        model = timm.create_model(name, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"{name} cannot be built with these options: {error}") from error
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
+    weights = None if checkpoint is None else read_weights(checkpoint)
+    if name.startswith(_HUBS):
+        model = _from_hub(name, num_classes, options)
+    else:
+        model = build_model(name, num_classes, {**_stored_options(name, weights), **options})
+    if weights is not None:
+        load_weights(model, weights)
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
-    """Load the weights of a file into a model of the same shape; `UserError` says what differs."""
-    found = read_weights(checkpoint).tensors
-    expected = model.state_dict()
+def build_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    """`create_model` without weights and for names of `list_models()` only: what a file may ask for.
+
+    Raises `UserError` for an unknown name or option, or options that do not fit.
+    """
+    if name not in default_cfgs:
+        near = difflib.get_close_matches(name, default_cfgs, 1, 0.0)[0]
+        raise UserError(f"model {name!r} is unknown (the nearest is {near}); choose one of: {', '.join(default_cfgs)}")
+    # timm takes options of its own beside these, and some would make it read other files.
+    known = [*_option_names(name), "features_only", "out_indices"]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise UserError(f"{name} has no option {unknown[0]!r}; choose among: {', '.join(known)}")
+    try:
+        return timm.create_model(name, num_classes=num_classes, **options)
+    except UserError:
+        raise
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be built with {options}: {' '.join(str(error).split())}") from error
+
+
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Load a checkpoint into a model of the same shape, with the preprocessing and class names that it carries.
+
+    Raises `UserError` that says what differs.
+    """
+    found, expected = weights.tensors, model.state_dict()
     missing = [key for key in expected if key not in found]
     foreign = [key for key in found if key not in expected]
     if missing or foreign:
         what = f"lacks {missing[0]}" if missing else f"has {foreign[0]}, which the network lacks"
-        raise UserError(f"{checkpoint} is not a checkpoint of this network: it {what}")
-    for key, tensor in found.items():
-        if tensor.shape != expected[key].shape:
+        raise UserError(f"{weights.source} is not a checkpoint of this network: it {what}")
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            advice = "load it as it is and call reset_classifier" if key.startswith("fc.") else "check name and options"
             raise UserError(
-                f"{checkpoint} does not fit: {key} is {list(tensor.shape)} there and {list(expected[key].shape)} in the "
-                "network; check the name, num_classes and options"
+                f"{weights.source} does not fit: {key} is {list(found[key].shape)} there and {list(tensor.shape)} "
+                f"in the network; {advice}"
             )
     model.load_state_dict(found)
+    metadata = weights.metadata or {"preprocessing": {}, "label_names": None}
+    stored = {key: metadata["preprocessing"].get(key) for key in PREPROCESSING}
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if value}
+    cast("dict[str, Any]", model.pretrained_cfg).update(
+        known, num_classes=model.num_classes, label_names=metadata["label_names"]
+    )
+
+
+def _stored_options(name: str, weights: Weights | None) -> dict[str, Any]:
+    """Options that a file of ours was built with."""
+    if weights is None or weights.metadata is None:
+        return {}
+    if weights.metadata["architecture"] != name:
+        raise UserError(f"{weights.source} holds a {weights.metadata['architecture']}, not a {name}")
+    return weights.metadata["options"]
+
+
+def _option_names(name: str) -> list[str]:
+    """What `create_model` takes for a name beside the number of classes, from the signatures that take it."""
+    takers = (SAN, SelfAttentionBlock, *ATTENTIONS.values()) if name in _SANS else (ResNet,)
+    taken = [parameter for taker in takers for parameter in signature(taker).parameters.values()]
+    names = dict.fromkeys(each.name for each in taken if each.kind is not each.VAR_KEYWORD)
+    # What the name, or the place in the network, decides.
+    decided = {"num_classes", "channels", "kernel_size", "drop_path", "in_channels", "out_channels", "stride"}
+    decided |= {"relation_channels", "block", "layers", "device", "dtype"}
+    return [each for each in names | {"small_images": None} if each not in decided]
+
+
+def _from_hub(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    given = options if num_classes == 1000 else {"num_classes": num_classes, **options}
+    try:
+        model = timm.create_model(name, pretrained=True, **given)
+    # What a missing, unreachable or foreign repository raises is up to timm and the hub's client.
+    except Exception as error:
+        raise UserError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not hasattr(model, "architecture"):
+        raise UserError(f"{name} holds a {type(model).__name__} of timm's, not one of: {', '.join(default_cfgs)}")
+    return model

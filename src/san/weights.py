@@ -7,34 +7,43 @@ that is read by PyTorch's restricted unpickler, so that a file which would run c
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from san.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "Weights", "identify", "read_weights"]
+__all__ = ["FORMAT_VERSION", "NETWORKS", "PREPROCESSING", "Weights", "identify", "read_weights"]
 
 FORMAT_VERSION = 1
-_BLOCKS = {(2, 1, 2, 4, 1): "san10", (3, 2, 3, 5, 2): "san15", (3, 3, 4, 6, 3): "san19"}
-_KERNELS = [3, 7, 7, 7, 7]
+# Blocks, width and kernel size of every stage (paper §4.2, table 1); san4 is ours, for images of about 28 pixels.
+_PAPER = {"widths": (64, 256, 512, 1024, 2048), "kernels": (3, 7, 7, 7, 7)}
+NETWORKS: dict[str, dict[str, tuple[int, ...]]] = {
+    "san4": {"blocks": (1, 2, 1), "widths": (64, 128, 256), "kernels": (3, 5, 5)},
+    "san10": {"blocks": (2, 1, 2, 4, 1), **_PAPER},
+    "san15": {"blocks": (3, 2, 3, 5, 2), **_PAPER},
+    "san19": {"blocks": (3, 3, 4, 6, 3), **_PAPER},
+}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint holds: tensors by our state dict's keys, and the metadata of our own files (else empty).
+    """What a checkpoint holds: tensors by our state dict's keys, their file, and the metadata of files of ours.
 
-    Metadata: `architecture`, `options`, `num_classes`, and the preprocessing and `label_names` as timm's data config.
+    Metadata: `architecture`, `options`, `num_classes`, and `preprocessing` and `label_names` as in timm's data config.
     """
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    source: Path
+    metadata: dict[str, Any] | None = None
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -57,63 +66,129 @@ def _read_safetensors(file: Path) -> Weights:
             stored = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-    if "san" not in stored:
-        return Weights(tensors)
+    return Weights(tensors, file, _metadata(stored["san"], file) if "san" in stored else None)
+
+
+PREPROCESSING = {
+    "input_size": list,
+    "mean": list,
+    "std": list,
+    "interpolation": str,
+    "crop_pct": int | float,
+    "crop_mode": str,
+}
+_METADATA = {
+    "format_version": int,
+    "architecture": str,
+    "options": dict,
+    "num_classes": int,
+    "preprocessing": dict,
+    "label_names": list | None,
+}
+
+
+def _metadata(text: str, file: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(stored["san"])
-        version = int(metadata["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} carries metadata that cannot be read; save it again with san convert") from error
-    if version > FORMAT_VERSION:
+        metadata = json.loads(text)
+        version = metadata["format_version"]
+        # A newer format may have other fields, so its version is judged before them.
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        sound = newer or _is_sound(metadata)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        sound = newer = False
+    if not sound:
+        raise UserError(
+            f"{file} carries metadata that cannot be read; make the file again from the checkpoint it is of"
+        )
+    if newer:
         raise UserError(
             f"{file} has format version {version}, but this version of SAN reads up to {FORMAT_VERSION}; update SAN"
         )
-    return Weights(tensors, metadata)
+    return metadata
+
+
+def _is_sound(metadata: dict[str, Any]) -> bool:
+    if not all(isinstance(metadata[key], kind) for key, kind in _METADATA.items()):
+        return False
+    names, preprocessing = metadata["label_names"], metadata["preprocessing"]
+    kinds = all(isinstance(preprocessing.get(key), kind | None) for key, kind in PREPROCESSING.items())
+    return kinds and (names is None or len(names) == metadata["num_classes"])
+
+
+class _Ignored:
+    """Takes the place of what a checkpoint may hold beside tensors, so that reading it runs nothing of numpy's."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# The authors' accuracies may be numpy scalars. They are not needed, and numpy trusts the bytes that it is given.
+_IGNORED = [
+    (_Ignored, name) for name in ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+]
 
 
 def _read_published(file: Path) -> Weights:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with safe_globals(_IGNORED):  # ty: ignore[invalid-argument-type] (pairs are documented)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    # Damaged pickles fail in every way that there is.
+    except Exception as error:
         raise UserError(
-            f"{file} is refused: it is not a plain checkpoint, and reading it in full could run code; "
-            "give a .safetensors file or a .pth with tensors and plain values only"
+            f"{file} is refused because it is damaged or holds more than tensors and plain values, which could run "
+            "code when read; give a .safetensors file or a checkpoint as torch.save writes it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is not a readable PyTorch checkpoint: it is damaged or of another kind") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise UserError(f"{file} holds no state_dict of tensors, so it is not a published checkpoint")
-    return Weights({str(key).removeprefix("module."): value for key, value in state.items()})
+    if not isinstance(state, dict) or not state or not all(map(_is_plain, state.values())):
+        raise UserError(f"{file} holds no state_dict of plain tensors, so it is not a published checkpoint")
+    return Weights({str(key).removeprefix("module."): value for key, value in state.items()}, file)
 
 
-def identify(tensors: dict[str, Tensor]) -> tuple[str, int, dict[str, Any]]:
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def identify(weights: Weights) -> tuple[str, int, dict[str, Any]]:
     """Name, number of classes and options of the network that tensors with the authors' keys belong to.
 
-    Pairwise weights do not reveal the kernel sizes; the paper's are assumed. Raises `UserError` if they fit no SAN.
+    Pairwise weights do not reveal the kernel sizes; the name's are assumed. Raises `UserError` for foreign weights.
     """
-    stages = sum(f"conv{stage}.weight" in tensors for stage in range(5))
-    blocks = tuple(_count(tensors, stage) for stage in range(stages))
-    if blocks not in _BLOCKS or "fc.weight" not in tensors:
+    size = _size(weights.tensors)
+    channels, classes = (_shape(weights.tensors, key) for key in ("conv_in.weight", "fc.weight"))
+    form = "pairwise" if "layer0.0.sam.conv_p.weight" in weights.tensors else "patchwise"
+    kernels = _kernels(weights.tensors, size, form) if size else ()
+    if size is None or 0 in kernels or len(channels) != 4 or len(classes) != 2:
         raise UserError(
-            f"these weights belong to no published network: stages have {list(blocks)} blocks, but "
-            + ", ".join(f"{name} has {list(found)}" for found, name in _BLOCKS.items())
+            f"{weights.source} holds no network that its weights alone reveal; those are "
+            f"{', '.join(f'{size}_{form}' for size in NETWORKS for form in ('pairwise', 'patchwise'))}"
         )
-    options: dict[str, Any] = {}
-    form = "pairwise" if "layer0.0.sam.conv_p.weight" in tensors else "patchwise"
-    if form == "patchwise":
-        kernels = [_patchwise_kernel(tensors, stage) for stage in range(stages)]
-        options = {} if kernels == _KERNELS else {"kernels": kernels}
-    return f"{_BLOCKS[blocks]}_{form}", len(tensors["fc.weight"]), options
+    options = {"kernels": kernels, "in_chans": channels[1]}
+    usual = {"kernels": NETWORKS[size]["kernels"], "in_chans": 3}
+    return f"{size}_{form}", classes[0], {name: value for name, value in options.items() if value != usual[name]}
 
 
-def _count(tensors: dict[str, Tensor], stage: int) -> int:
-    prefix = f"layer{stage}."
-    return len({key.split(".")[1] for key in tensors if key.startswith(prefix)})
+def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...]:
+    return tuple(tensors[key].shape) if key in tensors else ()
 
 
-def _patchwise_kernel(tensors: dict[str, Tensor], stage: int) -> int:
-    prefix = f"layer{stage}.0.sam.conv_w."
-    if f"{prefix}5.weight" not in tensors or f"{prefix}2.weight" not in tensors:
-        raise UserError("these weights belong to no published network: the mapping is not BN, ReLU, Linear twice")
-    return round((len(tensors[f"{prefix}5.weight"]) / len(tensors[f"{prefix}2.weight"])) ** 0.5)
+def _size(tensors: dict[str, Tensor]) -> str | None:
+    """The entry of `NETWORKS` that has as many blocks in every stage."""
+    places = {match.groups() for key in tensors if (match := re.match(r"layer(\d)\.(\d+)\.sam\.", key))}
+    counts = Counter(stage for stage, _ in places)
+    blocks = tuple(counts[stage] for stage in sorted(counts))
+    return next((size for size, network in NETWORKS.items() if network["blocks"] == blocks), None)
+
+
+def _kernels(tensors: dict[str, Tensor], size: str, form: str) -> tuple[int, ...]:
+    """k of every stage; for patchwise weights from γ's widths G and k²·G, 0 where they have no such form."""
+    if form == "pairwise":
+        return NETWORKS[size]["kernels"]
+    found = []
+    for stage in range(len(NETWORKS[size]["blocks"])):
+        groups, outputs = (_shape(tensors, f"layer{stage}.0.sam.conv_w.{place}.weight")[:1] for place in (2, 5))
+        side = isqrt(outputs[0] // groups[0]) if groups > (0,) and outputs else 0
+        found.append(side if side % 2 and (side * side * groups[0],) == outputs else 0)
+    return tuple(found)
