@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 run: $(TRAIN)
 	$(BIN)/san train $(ARGS)
 
-test: lint docs
+test: lint
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-long: $(DEV)

@@ -1,0 +1,146 @@
+"""The command `san`: finds the command's function, has its arguments parsed, and ends a user's mistake in one sentence.
+
+A command's module is imported only when the command is named, so that `san --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import cleandoc
+
+from san import __version__
+from san.errors import UserError
+
+__all__ = ["COMMANDS", "Command", "main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word behind `san`.
+
+    `home` names its typed function as "module:function", `summary` is its line in `san --help`, and `examples` end
+    its own help.
+    """
+
+    home: str
+    summary: str
+    examples: str
+
+
+COMMANDS = {
+    "train": Command(
+        "san.training:train",
+        "train a network on the embedded digits or on your images",
+        """
+        san train                                         # the small network on the embedded digits
+        san train --model san4_pairwise --epochs 5 --out runs/first
+        san train --data photos --model san10_patchwise   # a folder with train/ and val/
+        san train --resume runs/first                     # go on where it stopped
+        """,
+    ),
+    "evaluate": Command(
+        "san.cli.commands:evaluate",
+        "accuracy of a trained network on labelled images",
+        """
+        san evaluate runs/first                           # the test images of the data it was trained on
+        san evaluate model.safetensors --data photos      # a folder with val/ or test/
+        san evaluate published.pth --data photos.tar --json > accuracy.json
+        """,
+    ),
+    "predict": Command(
+        "san.cli.commands:predict",
+        "the likeliest classes of images",
+        """
+        san predict runs/first cat.jpg dog.png
+        san predict model.safetensors photos --top 3      # every image below a folder
+        find . -name '*.jpg' | san predict model.safetensors - --json
+        """,
+    ),
+    "complexity": Command(
+        "san.cli.commands:complexity",
+        "parameters and multiply-adds of networks",
+        """
+        san complexity                                    # the nine networks that the paper compares
+        san complexity san10_patchwise runs/first --input-size 128
+        san complexity resnet50 --json                    # any network that timm knows
+        """,
+    ),
+    "convert": Command(
+        "san.cli.commands:convert",
+        "a published checkpoint to a safetensors file",
+        """
+        san convert published.pth san10_patchwise.safetensors
+        """,
+    ),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    The code is 0, 2 after a user's mistake (one sentence on standard error), 130 after Ctrl-C, and 141 when the
+    reader of our output went away. Anything else that goes wrong is a defect and keeps its traceback.
+
+    Args:
+        words: the command line behind `san`; by default that of the process.
+    """
+    try:
+        _run(sys.argv[1:] if words is None else words)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"san: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("san: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit, which would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"san {__version__}")
+    elif name in COMMANDS:
+        _run_command(name, words[1:])
+    else:
+        what = "option" if name.startswith("-") else "command"
+        raise UserError(f"unknown {what} {name}; the commands are {', '.join(COMMANDS)}")
+
+
+def _run_command(name: str, words: list[str]) -> None:
+    command = COMMANDS[name]
+    module, _, function = command.home.partition(":")
+    try:
+        from san.cli.parsing import call
+
+        call(f"san {name}", getattr(import_module(module), function), words, cleandoc(command.examples))
+    except ModuleNotFoundError as error:
+        if (error.name or "san").partition(".")[0] == "san":
+            raise
+        raise UserError(f"san {name} needs the package {error.name}: pip install 'san-vision[train]'") from None
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: san COMMAND [ARGUMENT ...] [--OPTION VALUE ...]",
+            "",
+            "Vector self-attention on images: train, evaluate and use the networks of SAN.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`san COMMAND --help` shows a command's options and examples; `san --version` the version.",
+        ]
+    )

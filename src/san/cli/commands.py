@@ -1,0 +1,224 @@
+"""The functions behind the commands that judge and use trained networks: load what was named, call the library, print.
+
+Results go to standard output, as text or with `--json` as JSON; progress goes to standard error, and only to a
+terminal. What takes seconds to import is imported inside, so that help and mistakes in the arguments come at once.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from san.errors import UserError
+
+__all__ = ["complexity", "convert", "evaluate", "predict"]
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def evaluate(
+    checkpoint: str,
+    *,
+    data: str | None = None,
+    split: Literal["test", "validation", "train"] = "test",
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str | None = None,
+    max_broken: float = 0.01,
+    json: bool = False,
+) -> None:
+    """Tell how often a trained network is right on labelled images.
+
+    Prints top-1 and top-5 accuracy, both for every class, and what a class is most often taken for; with --json also
+    the confusion matrix, a row for each true class. Images that cannot be read are named and left out.
+
+    Args:
+        checkpoint: A run folder, a .safetensors file or a published .pth.
+        data: digits, a folder or archive with val/ or test/, or a data set's name; default what a run was trained on.
+        split: Which of its images.
+        batch_size: Images at a time.
+        workers: Processes that read ahead; 0 reads in the main process.
+        device: Such as cpu or cuda:0; default the GPU if there is one.
+        max_broken: Share of the images that may be unreadable.
+        json: Print JSON.
+    """
+    from san.checkpoints import load_model
+    from san.data import load_dataset
+    from san.evaluation.accuracy import evaluate
+
+    model = load_model(checkpoint).to(_device(device))
+    dataset = load_dataset(**_trained_on(checkpoint, data))
+    accuracy = evaluate(
+        model,
+        dataset.split(split),
+        dataset.class_names,
+        batch_size=batch_size,
+        workers=workers,
+        max_broken=max_broken,
+        progress=_progress,
+    )
+    if json:
+        print(jsonlib.dumps(accuracy.as_dict(), ensure_ascii=False))
+        return
+    for name in accuracy.broken:
+        print(f"not readable: {name}")
+    print(_table(accuracy.per_class()))
+    print(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images} images")
+
+
+def predict(
+    checkpoint: str, *images: str, top: int = 5, batch_size: int = 32, device: str | None = None, json: bool = False
+) -> None:
+    """Name the likeliest classes of images.
+
+    Prints a line for each image: its path, then classes and probabilities, best first; with --json an object a line.
+    A file that is no image is reported on standard error and skipped; the others are still judged, and the exit code
+    is 2 then.
+
+    Args:
+        checkpoint: A run folder, a .safetensors file or a published .pth.
+        images: Image files, folders (every image below), or - for a list of paths on standard input.
+        top: How many classes to name.
+        batch_size: Images at a time.
+        device: Such as cpu or cuda:0; default the GPU if there is one.
+        json: Print JSON lines.
+    """
+    from san.checkpoints import load_model
+    from san.evaluation.prediction import predict
+
+    if not images:
+        raise UserError("there is nothing to predict: name image files, folders, or - for a list on standard input")
+    paths = _paths(images)
+    model = load_model(checkpoint).to(_device(device))
+    broken = judged = 0
+    for prediction in predict(model, paths, top=top, batch_size=batch_size):
+        judged += 1
+        broken += prediction.error is not None
+        if prediction.error is not None:
+            print(f"san: skipped {prediction.error}", file=sys.stderr)
+        if json:
+            print(jsonlib.dumps(asdict(prediction), ensure_ascii=False), flush=True)
+        elif prediction.error is None:
+            answers = zip(prediction.classes, prediction.probabilities, strict=True)
+            print(prediction.image, *(f"{name} {100 * share:.1f} %" for name, share in answers), sep="\t", flush=True)
+    if broken:
+        raise UserError(f"{broken} of {judged} images could not be read and were skipped; they are named above")
+
+
+def complexity(*networks: str, input_size: int | None = None, json: bool = False) -> None:
+    """Count parameters and multiply-adds of networks, for one image.
+
+    "paper" is the count behind the tables of the SAN paper, which adds to the multiply-adds what biases, relations,
+    BatchNorm, ReLU and pooling cost.
+
+    Args:
+        networks: Names, or checkpoints (run folder, .safetensors, published .pth); default the paper's nine networks.
+        input_size: Side of the square image; default the network's own, 224 for those of the paper.
+        json: Print a JSON list of {"model", "params", "paper_cost", "macs"}.
+    """
+    from san.checkpoints import load_model
+    from san.evaluation.cost import COMPARED, complexity
+
+    models = (load_model(name) if Path(name).exists() else name for name in networks or COMPARED)
+    rows = [complexity(model, input_size) for model in models]
+    if json:
+        print(jsonlib.dumps(rows))
+        return
+    table = [
+        {
+            "model": row["model"],
+            "params (M)": f"{row['params'] / 1e6:.1f}",
+            "paper (G)": _billions(row["paper_cost"]),
+            "multiply-adds (G)": _billions(row["macs"]),
+        }
+        for row in rows
+    ]
+    print(_table(table))
+
+
+def convert(source: str, target: str) -> None:
+    """Turn a published checkpoint into a .safetensors file, which also says which network it is.
+
+    The network is recognised by its weights. Nothing in the file is run: one that holds code is refused.
+
+    Args:
+        source: The authors' .pth, or any checkpoint of ours.
+        target: The .safetensors file to write.
+    """
+    from san.checkpoints import convert
+
+    print(f"{target}: {convert(source, target)}")
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # Only using a device shows whether it is there.
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"there is no device {name} here; choose cpu, or cuda:0 on a machine with a GPU") from None
+
+
+def _trained_on(checkpoint: str, data: str | None) -> dict[str, Any]:
+    """What `load_dataset` is to be asked for: where a run is named, its data, and the very split that it used."""
+    config = Path(checkpoint) / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if data is None and "data" not in settings:
+        raise UserError(f"{checkpoint} does not say which images to use: add --data digits, a folder or an archive")
+    split = {key: settings[key] for key in ("validation_share", "seed") if key in settings}
+    return {"where": data or settings["data"], **split}
+
+
+def _paths(images: Iterable[str]) -> Iterator[str]:
+    """Every image that was named; what was named but is not there is a mistake, noticed before the first is read."""
+    missing = [image for image in images if image != "-" and not Path(image).exists()]
+    if missing:
+        raise UserError(f"there is no file {missing[0]}; name image files, folders, or - for a list on standard input")
+    return (path for image in images for path in _below(image))
+
+
+def _below(image: str) -> Iterator[str]:
+    if image == "-":
+        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+    elif Path(image).is_dir():
+        yield from sorted(str(path) for path in Path(image).rglob("*") if path.suffix.lower() in _IMAGES)
+    else:
+        yield image
+
+
+def _progress(batches: Any) -> Iterable[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    terminal = Console(stderr=True)
+    return track(batches, "judging", console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Columns under their names, words to the left, numbers to the right."""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    columns = [_aligned(column) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _aligned(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    is_number = all(cell[:1].isdigit() for cell in column[1:])
+    return [cell.rjust(width) if is_number else cell.ljust(width) for cell in column]
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f}" if count >= 5e7 else f"{count / 1e9:.4f}"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
