@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from san.errors import UserError
@@ -22,7 +21,7 @@ from san.ops.kernels.aggregation.reference import AggregationCall
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.mapping import AnyMapping, Mapping, MappingLayer
-from san.ops.normalization import BatchNorm
+from san.ops.normalization import BatchNorm, without_autocast
 from san.ops.relations import Position, find_relation, relation
 from san.ops.validation import check_groups, check_mapping, check_maps
 
@@ -158,8 +157,7 @@ def make_call(operator: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(operator: str, call: Any, value: Tensor) -> Tensor:
-    # Autocast would silently round what the operators promise to sum in float32.
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         return dispatch.run(operator, call)
 
 

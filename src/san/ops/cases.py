@@ -141,34 +141,32 @@ class _Draw:
         return MappingLayer(norm, weight, self.vector(f"{name}.bias", given))
 
 
+_PAIRWISE = (
+    ("subtraction", "LRL", "relative"),
+    ("subtraction", "L", "none"),
+    ("subtraction", "LRLRL", "absolute"),
+    ("summation", "LRL", "relative"),
+    ("hadamard", "LRL", "absolute"),
+    ("concatenation", "LRL", "relative"),
+    ("dot", "LRL", "relative"),
+)
+_PATCHWISE = (
+    ("concatenation", "LRL"),
+    ("concatenation", "L"),
+    ("concatenation", "LRLRL"),
+    ("star", "LRL"),
+    ("clique", "LRL"),
+)
+
+
 def _operator_cases() -> list[Case]:
     pairwise = [
-        Case(
-            f"pairwise-{relation}-{mapping}-{position}",
-            "pairwise_attention",
-            relation,
-            mapping=mapping,
-            position=position,
-        )
-        for relation, mapping, position in (
-            ("subtraction", "LRL", "relative"),
-            ("subtraction", "L", "none"),
-            ("subtraction", "LRLRL", "absolute"),
-            ("summation", "LRL", "relative"),
-            ("hadamard", "LRL", "absolute"),
-            ("concatenation", "LRL", "relative"),
-            ("dot", "LRL", "relative"),
-        )
+        Case(f"pairwise-{kind}-{mapping}-{position}", "pairwise_attention", kind, mapping=mapping, position=position)
+        for kind, mapping, position in _PAIRWISE
     ]
     patchwise = [
-        Case(f"patchwise-{relation}-{mapping}", "patchwise_attention", relation, mapping=mapping)
-        for relation, mapping in (
-            ("concatenation", "LRL"),
-            ("concatenation", "L"),
-            ("concatenation", "LRLRL"),
-            ("star", "LRL"),
-            ("clique", "LRL"),
-        )
+        Case(f"patchwise-{kind}-{mapping}", "patchwise_attention", kind, mapping=mapping)
+        for kind, mapping in _PATCHWISE
     ]
     identity = [
         Case("pairwise-identity", "pairwise_attention", "subtraction", mapping=None, position="none"),

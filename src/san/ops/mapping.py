@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from san.errors import UserError
 from san.ops.normalization import BatchNorm
 
-__all__ = ["MAPPINGS", "AnyMapping", "Mapping", "MappingLayer"]
+__all__ = ["MAPPINGS", "AnyMapping", "Mapping", "MappingLayer", "linear"]
 
 MAPPINGS = {"L": 1, "LRL": 2, "LRLRL": 3}
 

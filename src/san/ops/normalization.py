@@ -8,6 +8,7 @@ Legend: D channels, T tiles or processes.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,12 +27,19 @@ __all__ = [
     "synchronize_batch_norm",
     "synchronize_moments",
     "widened",
+    "without_autocast",
 ]
 
 
 def widened(x: Tensor) -> Tensor:
     """x in at least float32, the precision in which sums are taken."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Inside, autocast does not round what the operators promise to sum in at least float32."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from san.ops.kernels.aggregation import reference as aggregation
 from san.ops.kernels.aggregation.reference import AggregationCall, attend
 from san.ops.kernels.attention import AttentionCall
 from san.ops.mapping import Mapping, linear
-from san.ops.normalization import Moments, merge_moments, moments, scale_and_shift, widened
+from san.ops.normalization import Moments, merge_moments, moments, scale_and_shift, widened, without_autocast
 
 __all__ = ["TILE_ELEMENTS", "TRAINING_ELEMENTS", "pays", "run_aggregation", "run_attention", "supports"]
 
@@ -97,7 +97,7 @@ class _Pass(torch.autograd.Function):
             parts = [tile.take(x, rows).detach() for x, rows in zip(tensors, ctx.rows, strict=True)]
             for index in wanted:
                 parts[index].requires_grad_()
-            with torch.enable_grad(), torch.autocast(gradients[0].device.type, enabled=False):
+            with torch.enable_grad(), without_autocast(gradients[0]):
                 result = ctx.function(tile.window, *parts)
             gradient = gradients[0][number] if ctx.size is None else _part(gradients[0], tile)
             found = torch.autograd.grad(result, [parts[index] for index in wanted], gradient, allow_unused=True)
