@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 
 import san
+from hub_server import hub
 from plain_san import plain_san, randomised
 from san.checkpoints import convert, hub_form, load_model, save_model
 from san.errors import UserError
@@ -401,3 +405,31 @@ def test_hub_mistakes(tmp_path: Path):
     assert "cannot be loaded" in _refusal(load_model, tmp_path)
     save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "foreign"), safe_serialization=True)
     assert "holds a ResNet of timm's" in _refusal(load_model, tmp_path / "foreign")
+
+
+ON_THE_HUB = """
+import san, torch
+from san.checkpoints import push_to_hub
+
+model = san.create_model("san4_pairwise", 3, kernels=(5, 3, 7), in_chans=4).eval()
+model.pretrained_cfg["label_names"] = ["cat", "dog", "bird"]
+push_to_hub(model, "someone/model", token="secret")
+again = san.create_model("hf-hub:someone/model").eval()
+x = torch.randn(2, 4, 28, 28)
+assert torch.equal(model(x), again(x))
+assert again.pretrained_cfg["label_names"] == ["cat", "dog", "bird"]
+try:
+    san.create_model("hf-hub:someone/missing")
+except san.errors.UserError as refusal:
+    print(refusal)
+"""
+
+
+def test_model_goes_to_a_hub_and_comes_back(tmp_path: Path):
+    with hub() as (address, files):
+        # The hub's client reads its address when imported.
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+        done = subprocess.run([sys.executable, "-c", ON_THE_HUB], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(files) == {"README.md", "config.json", "model.safetensors"}
+    assert done.stdout.startswith("hf-hub:someone/missing cannot be loaded: ")

@@ -244,7 +244,7 @@ def _mistakes(tmp_path, checkpoint, photos):
         "no data": (["evaluate", checkpoint], "add --data digits, a folder or an archive"),
         "empty data": (["evaluate", checkpoint, "--data", tmp_path / "empty"], "holds no images"),
         "missing split": (["evaluate", checkpoint, "--data", photos, "--split", "train"], "has no train images"),
-        "wrong classes": (["evaluate", checkpoint, "--data", tmp_path / "three"], "3 classes are unknown to the model"),
+        "wrong classes": (["evaluate", checkpoint, "--data", tmp_path / "three"], "the data's 3 classes"),
         "missing image": (["predict", checkpoint, "no.jpg"], "there is no file no.jpg"),
         "no image": (["predict", checkpoint], "there is nothing to predict"),
         "broken image": (["predict", checkpoint, garbage], "1 of 1 images could not be read"),

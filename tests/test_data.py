@@ -319,6 +319,11 @@ def text_file(folder: Path) -> Path:
     return path
 
 
+def empty_archive(folder: Path) -> Path:
+    tarfile.open(nothing(folder) / "empty.tar", "w").close()
+    return folder / "empty.tar"
+
+
 def damaged_archive(folder: Path) -> Path:
     path = nothing(folder) / "pets.tar.xz"
     with tarfile.open(path, "w:xz") as tar:
@@ -379,6 +384,7 @@ def unlabelled_shard(folder: Path) -> str:
             "has no train/, val/ or test/ folder: arrange",
         ),
         (text_file, "notes.tar is no tar archive .*: give a folder, or a .tar"),
+        (empty_archive, "empty.tar holds no images"),
         (damaged_archive, "cannot be extracted into .*: fetch the archive again"),
         (escaping_archive, "holds 'val/cat/../../../../outside.png', which is no plain file or folder"),
         (linking_archive, "holds 'val', which is no plain file or folder inside it"),
@@ -399,7 +405,14 @@ def test_mistakes_in_data_are_told_in_one_sentence(
         load_dataset(where)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("outside.png"))
-    assert not [path for path in cache.rglob("*") if path.is_dir() and path.parent.name == "archives"]
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SAN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be made .*: set SAN_CACHE to a folder"):
+        load_dataset(str(damaged_archive(tmp_path / "data")))
 
 
 def test_a_failed_download_is_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +433,7 @@ def test_a_validation_share_of_one_is_refused(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         ({"batch_size": 6, "ranks": 2, "accumulate": 2}, "choose a multiple of 4"),
-        ({"batch_size": 20}, "10 training images do not fill one batch of 20"),
+        ({"batch_size": 20}, "10 training images do not fill a batch of 20"),
         (
             {"batch_size": 2, "augmentation": Augmentation(rand_augment="rand-x9")},
             "does not know the policy 'rand-x9'",

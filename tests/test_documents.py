@@ -51,9 +51,12 @@ def test_every_command_is_shown():
     assert {line[0] for line in _lines(_blocks("sh"), "san")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("words", SAN_LINES, ids=" ".join)
+RECIPES = [["train", "--config", f"recipes/{path.name}"] for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("words", [*SAN_LINES, *RECIPES], ids=" ".join)
 def test_commands_parse(words, monkeypatch):
-    """The real parser takes the line; only the work behind it is left out."""
+    """The real parser takes the line and the recipe; only the work behind it is left out."""
     monkeypatch.chdir(ROOT)
     name, *rest = words
     module, _, function = COMMANDS[name].home.partition(":")

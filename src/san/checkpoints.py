@@ -89,7 +89,7 @@ def hub_form(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """A copy of a model as timm publishes it, and the arguments of timm's `save_for_hf` that tell how to build it."""
     metadata = _describe(model)
     published: Any = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    if getattr(model, "in_chans", 3) != 3:
+    if metadata["options"].get("in_chans", 3) != 3:
         # timm takes published first convolutions to be for colour and would adapt this one, or drop it.
         published.pretrained_cfg["first_conv"] = None
     return published, {"model_args": metadata["options"], "model_config": {"label_names": metadata["label_names"]}}

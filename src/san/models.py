@@ -2,7 +2,7 @@
 
 Parameter names are the authors': conv_in, bn_in, then conv{s}, layer{s}, bn{s} for each stage s, and fc. timm's
 protocol (features_only, forward_intermediates, reset_classifier, gradient checkpointing, …) holds for all of them.
-torch.compile and torch.export take the networks; TorchScript and torch.fx do not follow them.
+torch.compile, torch.export and torch.jit.trace take the networks; torch.jit.script and torch.fx do not follow them.
 Legend: B batch, C channels, H W map.
 """
 
@@ -272,7 +272,7 @@ def _small_resnet(**arguments: Any) -> ResNet:
 
 def _remember(model: nn.Module, architecture: str, options: dict[str, Any]) -> nn.Module:
     """Note on the model how to build it again and, in `pretrained_cfg`, what travels with it."""
-    if "features_only" in options:
+    if options.get("features_only"):
         return model
     remembered: Any = model
     remembered.architecture = architecture
@@ -280,7 +280,7 @@ def _remember(model: nn.Module, architecture: str, options: dict[str, Any]) -> n
     carried, names = remembered.pretrained_cfg, remembered.pretrained_cfg.get("label_names")
     # Read from JSON, tuples are lists.
     carried.update({key: tuple(value) for key, value in carried.items() if isinstance(value, list)})
-    carried["input_size"] = (remembered.in_chans, *carried["input_size"][1:])
+    carried["input_size"] = (options.get("in_chans", 3), *carried["input_size"][1:])
     carried["label_names"] = list(names) if names and len(names) == remembered.num_classes else None
     return model
 
@@ -341,7 +341,8 @@ def create_model(name: str, num_classes: int = 1000, checkpoint: str | Path | No
 
     `options` for SANs: attention, relation, mapping, position, transformations, share, border, dilation, kernels,
     blocks, widths, pools, value_reduction, relation_reduction, small_images, in_chans, drop_rate, drop_path_rate,
-    global_pool; for the baselines: small_images and what timm's `ResNet` takes; for both features_only, out_indices.
+    global_pool; for the baselines: small_images and what timm's `ResNet` takes, such as layers and channels for
+    a smaller one; for both features_only, out_indices.
 
     The model carries `architecture`, `options`, `num_classes`, and in `pretrained_cfg` preprocessing and class names.
     Raises `UserError` for an unknown name or option, or a checkpoint that does not fit.
@@ -415,12 +416,22 @@ def _stored_options(name: str, weights: Weights | None) -> dict[str, Any]:
 
 def _option_names(name: str) -> list[str]:
     """What `create_model` takes for a name beside the number of classes, from the signatures that take it."""
-    takers = (SAN, SelfAttentionBlock, *ATTENTIONS.values()) if name in _SANS else (ResNet,)
+    san = name in _SANS
+    takers = (SAN, SelfAttentionBlock, *ATTENTIONS.values()) if san else (ResNet,)
     taken = [parameter for taker in takers for parameter in signature(taker).parameters.values()]
     names = dict.fromkeys(each.name for each in taken if each.kind is not each.VAR_KEYWORD)
     # What the name, or the place in the network, decides.
-    decided = {"num_classes", "channels", "kernel_size", "drop_path", "in_channels", "out_channels", "stride"}
-    decided |= {"relation_channels", "block", "layers", "device", "dtype"}
+    decided = {"num_classes", "block", "device", "dtype"}
+    if san:
+        decided |= {
+            "channels",
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "relation_channels",
+            "drop_path",
+        }
     return [each for each in names | {"small_images": None} if each not in decided]
 
 
@@ -431,6 +442,6 @@ def _from_hub(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module
     # What a missing, unreachable or foreign repository raises is up to timm and the hub's client.
     except Exception as error:
         raise UserError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
-    if not hasattr(model, "architecture"):
+    if not hasattr(model, "architecture") and not options.get("features_only"):
         raise UserError(f"{name} holds a {type(model).__name__} of timm's, not one of: {', '.join(default_cfgs)}")
     return model

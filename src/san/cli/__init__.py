@@ -38,6 +38,7 @@ COMMANDS = {
         san train                                         # the small network on the embedded digits
         san train --model san4_pairwise --epochs 5 --out runs/first
         san train --data photos --model san10_patchwise   # a folder with train/ and val/
+        san train --config recipes/imagenet_san10_pairwise.yaml --data imagenet
         san train --resume runs/first                     # go on where it stopped
         """,
     ),

@@ -50,8 +50,15 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
 
     Processes that want the same folder wait for the first one. What an interrupted one left is removed.
     """
+    if target.is_dir():
+        return target
     partial = target.with_name(f"{target.name}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"{target.parent} cannot be made ({problem}): set SAN_CACHE to a folder with room"
+        ) from problem
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -72,6 +79,7 @@ def _extract(archive: Path, target: Path) -> None:
         tqdm.wrapattr(file, "read", **reading) as stream,
         _opened(archive, stream) as content,
     ):
+        target.mkdir()
         try:
             content.extractall(target, filter=_files_and_folders)
         except tarfile.FilterError as problem:

@@ -30,8 +30,8 @@ def align_labels(class_names: Sequence[str], label_names: Sequence[str]) -> np.n
     counts = Counter(label_names)
     if unknown := [name for name in class_names if not counts[name]]:
         raise UserError(
-            f"the model does not know {len(unknown)} of the data's {len(class_names)} classes ({first(unknown)}): "
-            f"use data whose classes are among its {len(label_names)} ({first(label_names)})"
+            f"the model does not know {len(unknown)} of the data's {len(class_names)} classes "
+            f"({first(unknown)}): use data with classes among its {len(label_names)} ({first(label_names)})"
         )
     if ambiguous := [name for name in class_names if counts[name] > 1]:
         raise UserError(f"several classes of the model are called {ambiguous[0]!r}: give them distinct names")

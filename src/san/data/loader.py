@@ -11,6 +11,7 @@ import random
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,10 +75,9 @@ class Loader:
 
     @property
     def sampler(self) -> Loader:
-        """Where Lightning looks for `set_epoch`, which it calls before every epoch.
+        """Where Lightning looks for `set_epoch`, to call it before every epoch.
 
-        It does not load a state that was saved at the end of an epoch; there this alone leads to the right
-        epoch.
+        A state that was saved at the end of an epoch is not loaded by Lightning; this call replaces that.
         """
         return self
 
@@ -96,8 +96,7 @@ class Loader:
         An evaluation is not continued; it starts anew.
 
         Raises:
-            UserError: The state belongs to other images, seed or batch size, so the epoch could not be
-                completed.
+            UserError: The state belongs to another number of images, batch size or seed.
         """
         if not self._order.shuffled:
             return
@@ -145,16 +144,12 @@ def make_loader(
         augmentation: How to vary training images; None does not vary them.
 
     Raises:
-        UserError: `batch_size` is not divisible by ranks · accumulate or exceeds the number of training
-            images.
+        UserError: A training batch is not divisible by ranks · accumulate, or larger than the set.
     """
-    order = _Order(len(images), batch_size, ranks, rank, accumulate, shuffled=training, seed=seed)
-    order.epoch, order.start = epoch, start
-    examples = _Examples(
-        images, transform(preprocessing, training=training, augmentation=augmentation), seed, training
-    )
+    order = _Order(len(images), batch_size, accumulate, rank, ranks, seed, training, epoch, start)
+    prepare = transform(preprocessing, training=training, augmentation=augmentation)
     batches = DataLoader(
-        examples,
+        _Examples(images, prepare, seed, training),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_Collate(tuple(preprocessing["input_size"])),
@@ -167,32 +162,31 @@ def make_loader(
     return Loader(images, order, batches)
 
 
+@dataclass(eq=False)
 class _Order(Sampler[list[tuple[int, int]]]):
     """Which (epoch, index) make up each micro-batch of this process, from number `start` of `epoch` on."""
 
-    def __init__(
-        self,
-        images: int,
-        batch_size: int,
-        ranks: int,
-        rank: int,
-        accumulate: int,
-        *,
-        shuffled: bool,
-        seed: int,
-    ):
-        if shuffled and batch_size % (ranks * accumulate):
+    images: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    ranks: int
+    seed: int
+    shuffled: bool
+    epoch: int
+    start: int
+
+    def __post_init__(self) -> None:
+        parts = self.ranks * self.accumulate
+        if self.shuffled and self.batch_size % parts:
             raise UserError(
-                f"a batch of {batch_size} images cannot be divided among {ranks} processes with {accumulate} "
-                f"micro-batches each: choose a multiple of {ranks * accumulate}"
+                f"a batch of {self.batch_size} images cannot be divided among {self.ranks} processes with "
+                f"{self.accumulate} micro-batches each: choose a multiple of {parts}"
             )
-        if shuffled and images < batch_size:
+        if self.shuffled and self.images < self.batch_size:
             raise UserError(
-                f"{images} training images do not fill one batch of {batch_size}: choose a smaller batch"
+                f"{self.images} training images do not fill a batch of {self.batch_size}: take a smaller one"
             )
-        self.images, self.batch_size, self.seed, self.shuffled = images, batch_size, seed, shuffled
-        self.rank, self.ranks, self.accumulate = rank, ranks, accumulate
-        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         steps = self.images // self.batch_size if self.shuffled else -(-self.images // self.batch_size)

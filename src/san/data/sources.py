@@ -95,7 +95,7 @@ def _find(where: str, download_to: Path | None) -> Splits:
         return digits()
     if prefix == "wds" and rest:
         return in_shards(Path(rest).expanduser())
-    if prefix == "hfds" and rest:
+    if prefix in ("hfds", "hfids") and rest:
         return in_hub(rest, download_to)
     if path.is_dir():
         return in_folder(path, where)

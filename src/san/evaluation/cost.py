@@ -1,7 +1,7 @@
 """What a network costs before it runs on any machine: parameters, the paper's count, and plain multiply-adds.
 
-The count watches one forward of the network on tensors without data, so it follows whatever the network really calls
-and takes no time. Attention layers are the exception: fused backends leave nothing to watch inside them, so their cost
+The count watches one forward of the network on tensors without data, so it follows what the network really calls at
+hardly any cost. Attention layers are the exception: fused backends leave nothing to watch inside them, so their cost
 follows from their geometry.
 Legend: K footprint places, P output pixels, D relation width with position.
 """
@@ -29,9 +29,15 @@ from san.ops.relations import POSITION_WIDTHS
 __all__ = ["COMPARED", "complexity"]
 
 COMPARED = [
-    name
-    for depths in (("resnet26", 10), ("resnet38", 15), ("resnet50", 19))
-    for name in (f"baseline_{depths[0]}", f"san{depths[1]}_pairwise", f"san{depths[1]}_patchwise")
+    "baseline_resnet26",
+    "san10_pairwise",
+    "san10_patchwise",
+    "baseline_resnet38",
+    "san15_pairwise",
+    "san15_patchwise",
+    "baseline_resnet50",
+    "san19_pairwise",
+    "san19_patchwise",
 ]
 _ACTIVATIONS = {"relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid"}
 _POOLS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean"}
@@ -52,8 +58,8 @@ class _Cost:
 def complexity(network: str | nn.Module, input_size: int | None = None) -> dict[str, Any]:
     """Parameters and cost of one image, as `{"model", "params", "paper_cost", "macs"}`.
 
-    `paper_cost` is the count behind the paper's tables (Zhao, Jia, Koltun 2020, §5): multiply-adds of convolutions,
-    with their bias adds, and of linear layers; K per aggregated output; 1 per output of a relation (R where it is a
+    `paper_cost` is the count that gives the figures of the paper's tables: multiply-adds of convolutions, with their
+    bias adds, and of linear layers; K per aggregated output; 1 per output of a relation (R where it is a
     product of R channels); 2 per element of a BatchNorm, 1 per element of an activation, 1 per element that is pooled.
     Softmax and residual sums are free. `macs` are the multiply-adds alone: convolution, linear layer, matrix product,
     product relation, aggregation. Exact for networks of these parts; other operations cost nothing here.

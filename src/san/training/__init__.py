@@ -23,11 +23,11 @@ def train(
     new_classifier: bool = False,
     out: str | None = None,
     resume: str | None = None,
-    epochs: int = 12,
+    epochs: int = 16,
     batch_size: int = 64,
     accumulate: int = 1,
     optimizer: str = "adamw",
-    learning_rate: float = 2e-3,
+    learning_rate: float = 6e-3,
     momentum: float = 0.9,
     weight_decay: float = 0.05,
     decay_all: bool = True,
@@ -84,7 +84,7 @@ def train(
         clip_gradient: Largest norm of the gradient; none by default.
         schedule: How the learning rate falls to 0.
         schedule_per: Whether it falls at every step or at every epoch.
-        warmup_epochs: Epochs in which the learning rate rises from a hundredth.
+        warmup_epochs: Epochs in which the learning rate rises from a hundredth; at most half of all.
         label_smoothing: ε, spread over the other classes as in the paper; PyTorch's is ε·C/(C−1) for C classes.
         mixup: α of mixup; 0 for none.
         cutmix: α of CutMix; 0 for none. With both, each batch takes one of them.

@@ -21,6 +21,7 @@ from san.evaluation.accuracy import Accuracy, evaluate
 from san.models import create_model
 from san.training.folder import replacing
 from san.training.journal import Journal
+from san.training.lightning_parts import AtomicCheckpoints
 from san.training.report import report
 
 __all__ = ["conclude"]
@@ -60,7 +61,7 @@ def _same_network(network: Any, settings: SimpleNamespace) -> Any:
 
 def _load(network: nn.Module, checkpoint: Path, settings: SimpleNamespace) -> None:
     prefix = "average.module." if settings.ema_decay else "model."
-    tensors = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    tensors = AtomicCheckpoints().load_checkpoint(checkpoint)["state_dict"]
     network.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
 
 

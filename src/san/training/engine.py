@@ -40,6 +40,8 @@ def run(settings: SimpleNamespace, function: Callable[..., Any]) -> Path:
     settings = continued(settings, function) if resumed else started(settings)
     folder = RunFolder(settings.out)
     console = Console(speaks=first)
+    if first and not resumed:
+        folder.check_free()
     if resumed and folder.finished:
         console.say(f"{folder.path} is finished already; its report is {folder.report}")
         return folder.path
@@ -156,6 +158,7 @@ def _trainer(settings: SimpleNamespace, journal: Journal) -> Trainer:
             callbacks=[journal],
             plugins=[AtomicCheckpoints()],
             default_root_dir=settings.out,
+            benchmark=True,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -165,11 +168,15 @@ def _trainer(settings: SimpleNamespace, journal: Journal) -> Trainer:
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"Lightning cannot train like that on this machine: {reason}") from error
 
 
 def _batches(journal: Journal, trainer: Trainer) -> Batches:
     settings, dataset = journal.settings, journal.dataset
+    images = settings.batch_size // (trainer.world_size * settings.accumulate)
+    if images % 2 and (settings.mixup or settings.cutmix):
+        raise UserError(f"mixup and cutmix take images in pairs, so each micro-batch must be even, not {images} images")
     return Batches(
         journal,
         images=dataset.train,

@@ -64,12 +64,15 @@ class RunFolder:
         """The report is written last, so it tells whether a run came to its end."""
         return self.report.exists()
 
-    def create(self, settings: dict[str, Any]) -> None:
-        """Start a new run; raises `UserError` where files of another one lie."""
+    def check_free(self) -> None:
+        """Raise `UserError` where files lie, of another run for example."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(
                 f"{self.path} exists already: continue that run with --resume {self.path} or choose another --out"
             )
+
+    def create(self, settings: dict[str, Any]) -> None:
+        """Start a new run."""
         _write(self.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     def settings(self) -> dict[str, Any]:

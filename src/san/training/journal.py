@@ -193,6 +193,7 @@ class Journal(Callback):
             self._pause(trainer, module, sums)
         module.train()
         loss, top1, top5, images = total(trainer, sums)
+        self._check_loss(trainer, loss)
         return dict(zip(names, (loss / images, 100 * top1 / images, 100 * top5 / images), strict=True))
 
     def _validation_loader(self, trainer: Trainer) -> Loader:
@@ -231,14 +232,18 @@ class Journal(Callback):
             raise Interrupted
 
     def _checked_sums(self, trainer: Trainer, module: Classifier) -> list[float]:
-        """The epoch's sums over all processes; a loss that is no number ends the run before it is saved."""
+        """The epoch's sums over all processes."""
         sums = total(trainer, module.sums)
-        if not math.isfinite(sums[0]):
-            raise UserError(
-                f"the loss is not a finite number any more (epoch {self.epoch + 1}, step {trainer.global_step}): try a "
-                f"smaller --learning-rate or --clip-gradient 1; {self.folder.last} is from before, if it exists"
-            )
+        self._check_loss(trainer, sums[0])
         return sums
+
+    def _check_loss(self, trainer: Trainer, loss: float) -> None:
+        """A loss that is no number ends the run before that is saved."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is not a finite number any more (epoch {len(self.rows) + 1}, step {trainer.global_step}): "
+                f"try a smaller --learning-rate or --clip-gradient 1; what {self.folder.path} holds is from before"
+            )
 
     def _save(self, trainer: Trainer, module: Classifier, best: bool = False) -> None:
         self.sums = self._checked_sums(trainer, module)
@@ -253,6 +258,8 @@ def _judge(trainer: Trainer, module: Classifier, batch: Batch) -> Tensor:
     """Sums of loss, right answers, right answers among the first five, and images of one batch: [4]."""
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     with whole_parameters(trainer), trainer.precision_plugin.val_step_context(), torch.no_grad():
+        if len(batch.labels) == 0:  # every image broken, or none left for this process
+            return module.sums.new_zeros(4)
         logits = module.evaluated(module.laid_out(batch.images))
     loss = F.cross_entropy(logits, batch.labels, reduction="sum")
     likeliest = logits.topk(min(5, logits.shape[1])).indices

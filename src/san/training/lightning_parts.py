@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from san.data import make_loader
+from san.errors import UserError
 from san.training.folder import replacing
 
 __all__ = ["AtomicCheckpoints", "Batches"]
@@ -26,8 +28,11 @@ class AtomicCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Read tensors and plain values; anything that could run code is refused."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        """Read tensors and plain values; raises `UserError` for anything else, which could run code."""
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise UserError(f"{path} is damaged or foreign: the run cannot go on from it, start a new one") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the file."""

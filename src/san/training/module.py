@@ -72,7 +72,7 @@ class Classifier(LightningModule):
             optimizer,
             sched=settings.schedule,
             num_epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
+            warmup_epochs=min(settings.warmup_epochs, settings.epochs // 2),
             warmup_lr=settings.learning_rate / 100,
             step_on_epochs=settings.schedule_per == "epoch",
             updates_per_epoch=len(self.batches) // settings.accumulate,
@@ -86,8 +86,12 @@ class Classifier(LightningModule):
         seeds = np.random.SeedSequence([self.settings.seed, position, self.global_rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]))
         np.random.seed(int(seeds[1]))
+        self.set_learning_rate(epoch, position // self.settings.accumulate)
+
+    def set_learning_rate(self, epoch: int, step: int) -> None:
+        """Give the optimiser the learning rate of a step, or of an epoch, counted from 0 over the whole run."""
         self.schedule.step(epoch)
-        self.schedule.step_update(position // self.settings.accumulate)
+        self.schedule.step_update(step)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch; adds to the epoch's sums of loss, right answers and images."""

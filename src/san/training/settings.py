@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timm.optim import list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers
 
 from san.errors import UserError
 from san.training.folder import RunFolder
@@ -86,14 +86,11 @@ def check(settings: SimpleNamespace) -> None:
         value = getattr(settings, name)
         if not fits(value):
             raise UserError(f"--{name.replace('_', '-')} must be {right}, not {value}")
-    if settings.warmup_epochs >= settings.epochs and settings.warmup_epochs:
-        raise UserError(
-            f"--warmup-epochs must be fewer than the {settings.epochs} epochs, not {settings.warmup_epochs}"
-        )
     if settings.optimizer not in list_optimizers():
         raise UserError(
             f"optimizer {settings.optimizer!r} is unknown; timm has {', '.join(map(str, list_optimizers()))}"
         )
+    _check_optimizer_works(settings)
     if settings.precision not in PRECISIONS:
         raise UserError(f"precision {settings.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     on_cpu = settings.accelerator == "cpu" or not torch.cuda.is_available()
@@ -103,3 +100,12 @@ def check(settings: SimpleNamespace) -> None:
         raise UserError("--ema-decay does not go together with strategy fsdp, which holds no whole network; use ddp")
     if settings.precision == "16-mixed" and on_cpu and settings.accelerator in ("cpu", "auto"):
         raise UserError("precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32")
+
+
+def _check_optimizer_works(settings: SimpleNamespace) -> None:
+    """Some of timm's optimisers need another package or a GPU, and say so only when made."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    try:
+        create_optimizer_v2([parameter], opt=settings.optimizer, lr=settings.learning_rate, momentum=settings.momentum)
+    except Exception as error:
+        raise UserError(f"optimizer {settings.optimizer} does not work here: {error}") from error
