@@ -121,18 +121,14 @@ def test_folder_gives_sorted_classes_and_disjoint_sets(tmp_path: Path) -> None:
         *(f"val/dog/00{number}.png" for number in range(3)),
     }
     assert not files_of(train) & files_of(validation)
-    assert all(
-        images.names(0).split("/")[1] == data.class_names[images.labels[0]] for images in (train, validation)
-    )
+    assert all(images.names(0).split("/")[1] == data.class_names[images.labels[0]] for images in (train, validation))
 
 
 def test_given_validation_images_are_used(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         write(tmp_path, split, {"cat": 4, "dog": 4})
     data = load_dataset(str(tmp_path))
-    assert [
-        images.names(0).split("/")[0] for images in (data.train, data.validation, data.test) if images
-    ] == [
+    assert [images.names(0).split("/")[0] for images in (data.train, data.validation, data.test) if images] == [
         "train",
         "val",
         "test",
@@ -574,9 +570,7 @@ def test_an_epoch_depends_on_seed_and_number_alone() -> None:
     assert all(same(expected, epoch(1, 2, workers)) for workers in (0, 1, 2))
     assert indices(epoch(2, 2)) != indices(expected) != indices(epoch(1, 1))
     crops = {
-        tuple(batch.images[batch.indices == 0].flatten().tolist())
-        for number in range(9)
-        for batch in epoch(1, number)
+        tuple(batch.images[batch.indices == 0].flatten().tolist()) for number in range(9) for batch in epoch(1, number)
     }
     assert len(crops) >= 7
 
@@ -604,9 +598,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     prepare = transform(SMALL, training=False)
     images = arrays(8)
     (batch,) = make_loader(images, SMALL, batch_size=8, training=True)
-    assert torch.equal(
-        batch.images, torch.stack([prepare(images.load(index)) for index in batch.indices.tolist()])
-    )
+    assert torch.equal(batch.images, torch.stack([prepare(images.load(index)) for index in batch.indices.tolist()]))
     assert batch.images.dtype == torch.float32
 
 
@@ -618,11 +610,7 @@ def test_values_are_normalised() -> None:
 
 def test_random_numbers_of_the_trainer_are_left_alone() -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    list(
-        make_loader(
-            arrays(8), SMALL, batch_size=4, training=True, augmentation=Augmentation(color_jitter=0.4)
-        )
-    )
+    list(make_loader(arrays(8), SMALL, batch_size=4, training=True, augmentation=Augmentation(color_jitter=0.4)))
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
@@ -705,9 +693,7 @@ def test_workers_survive_an_interrupt_from_the_keyboard() -> None:
 
 
 def test_workers_can_be_started_by_spawning(damaged: ImageFiles) -> None:
-    loader = make_loader(
-        damaged, SMALL, batch_size=2, training=True, augmentation=Augmentation(rand_augment="rand-m5")
-    )
+    loader = make_loader(damaged, SMALL, batch_size=2, training=True, augmentation=Augmentation(rand_augment="rand-m5"))
     examples = pickle.loads(pickle.dumps(loader._batches.dataset))  # noqa: S301
     assert torch.equal(examples[(0, 1)].image, loader._batches.dataset[(0, 1)].image)
 
@@ -777,7 +763,4 @@ def test_lightning_resumes_at_every_moment(tmp_path: Path) -> None:
 def test_importing_costs_little() -> None:
     heavy = {"torchvision", "timm", "mlxtend", "matplotlib", "lightning", "sklearn"}
     code = f"import sys, san.data; print(sorted({heavy} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

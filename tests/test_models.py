@@ -320,6 +320,13 @@ def test_every_ablation_trains(options: dict[str, Any]):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_smaller_baseline():
+    options = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64), "small_images": True}
+    model = san.create_model("baseline_resnet26", 5, **options).eval()
+    assert model.options == options
+    assert model.forward_features(_images(1, 3, 16, 16)).shape == (1, 256, 2, 2)
+
+
 def test_baselines_start_with_live_branches():
     model = san.create_model("baseline_resnet26")
     assert all((block.bn3.weight == 1).all() for stage in (1, 2, 3, 4) for block in getattr(model, f"layer{stage}"))

@@ -265,8 +265,8 @@ def _small_resnet(**arguments: Any) -> ResNet:
         raise UserError("small_images goes with the plain stem only; leave out stem_type")
     model.conv1.stride = (1, 1)
     model.maxpool = nn.Identity()
-    for info, factor in zip(model.feature_info, (2, 4, 4, 4, 4), strict=True):
-        info["reduction"] //= factor
+    for place, info in enumerate(model.feature_info):
+        info["reduction"] //= 4 if place else 2
     return model
 
 

@@ -102,6 +102,7 @@ def test_coordinates_run_from_minus_one_to_one_x_first() -> None:
     ("options", "sentence"),
     [
         ({"kernel_size": 4}, "kernel_size is 4, but it must be odd"),
+        ({"kernel_size": (3, 3)}, "kernel_size is .3, 3., but it must be one integer"),
         ({"kernel_size": -1}, "kernel_size is -1, but it must be odd"),
         ({"kernel_size": 3, "stride": 0}, "stride is 0"),
         ({"kernel_size": 3, "dilation": 0}, "dilation 0"),

@@ -56,9 +56,7 @@ def made_once(target: Path, make: Callable[[Path], None]) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise UserError(
-            f"{target.parent} cannot be made ({problem}): set SAN_CACHE to a folder with room"
-        ) from problem
+        raise UserError(f"{target.parent} cannot be made ({problem}): set SAN_CACHE to a folder with room") from problem
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

@@ -39,9 +39,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(
-                f"the crop's scale is {self.scale}: give two ascending numbers above 0 and up to 1"
-            )
+            raise UserError(f"the crop's scale is {self.scale}: give two ascending numbers above 0 and up to 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"the crop's ratio is {self.ratio}: give two ascending numbers above 0")
         for name in ("horizontal_flip", "random_erasing"):

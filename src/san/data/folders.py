@@ -28,9 +28,7 @@ def in_folder(folder: Path, where: str) -> Splits:
             they differ in their classes.
     """
     root = _with_splits(folder)
-    paths = {
-        split: root / name for split, names in SPLIT_NAMES.items() for name in names if (root / name).is_dir()
-    }
+    paths = {split: root / name for split, names in SPLIT_NAMES.items() for name in names if (root / name).is_dir()}
     if not paths:
         raise UserError(_what_is_wrong(folder, where))
     scans = {split: _scan(path, f"{where}: {path.name}") for split, path in paths.items()}

@@ -68,9 +68,7 @@ class ImageSet(ABC):
 class ImageFiles(ImageSet):
     """Image files, with labels where they are known; names are relative to `root` if that is given."""
 
-    def __init__(
-        self, paths: Iterable[str | Path], labels: Sequence[int] | None = None, root: str | Path = ""
-    ):
+    def __init__(self, paths: Iterable[str | Path], labels: Sequence[int] | None = None, root: str | Path = ""):
         self.paths = [str(path) for path in paths]
         self.labels = np.asarray([-1] * len(self.paths) if labels is None else labels, dtype=np.int64)
         self.root = str(root)

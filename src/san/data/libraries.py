@@ -67,9 +67,7 @@ def in_torchvision(name: str, folder: Path | None) -> Splits:
     except (OSError, RuntimeError, ImportError):
         own = made_once(folder / name, lambda partial: _download(kind, name, partial))
         found = _torchvision_splits(kind, own, download=False)
-    sets: dict[str, ImageSet] = {
-        split: _torchvision_images(data, f"{name}-{split}") for split, data in found.items()
-    }
+    sets: dict[str, ImageSet] = {split: _torchvision_images(data, f"{name}-{split}") for split, data in found.items()}
     class_names = _class_names(getattr(next(iter(found.values())), "classes", ()), sets)
     return Splits(class_names, _with_test(sets["all"]) if "all" in sets else sets)
 
@@ -79,9 +77,7 @@ def torchvision_names() -> dict[str, type]:
     from torchvision import datasets
 
     kinds = {name.lower(): getattr(datasets, name) for name in datasets.__all__}
-    downloadable = {
-        name: kind for name, kind in kinds.items() if inspect.isclass(kind) and _is_downloadable(kind)
-    }
+    downloadable = {name: kind for name, kind in kinds.items() if inspect.isclass(kind) and _is_downloadable(kind)}
     return {name: kind for name, kind in downloadable.items() if name not in OTHER_TASKS}
 
 
@@ -136,9 +132,7 @@ def _torchvision_images(dataset: Any, name: str) -> ImageItems:
         case (Image.Image(), int() | np.integer() as label):
             labels = _known_labels(dataset)
         case _:
-            raise UserError(
-                f"torchvision's {name} has no class number per image: choose a data set for classification"
-            )
+            raise UserError(f"torchvision's {name} has no class number per image: choose a data set for classification")
     if labels is None or labels[0] != label:
         from tqdm import trange
 
@@ -186,9 +180,7 @@ def in_hub(name: str, folder: Path | None) -> Splits:
         datasets = importlib.import_module("datasets")  # in none of our extras
         found = datasets.load_dataset(name, cache_dir=str(folder) if folder else None)
     except (ImportError, OSError, RuntimeError, ValueError) as problem:
-        raise UserError(
-            f"hfds/{name} cannot be loaded ({_brief(problem)}): mend that, or give a folder"
-        ) from problem
+        raise UserError(f"hfds/{name} cannot be loaded ({_brief(problem)}): mend that, or give a folder") from problem
     features = next(iter(found.values())).features
     images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -201,9 +193,7 @@ def in_hub(name: str, folder: Path | None) -> Splits:
     sets: dict[str, ImageSet] = {}
     for split, table in splits.items():
         stored = table.select_columns(images[0]).cast_column(images[0], datasets.Image(decode=False))
-        sets[split] = ImageItems(
-            partial(_hub_image, stored), np.array(table[labels[0]][:]), f"{name}-{split}"
-        )
+        sets[split] = ImageItems(partial(_hub_image, stored), np.array(table[labels[0]][:]), f"{name}-{split}")
     return Splits(list(features[labels[0]].names), sets)
 
 

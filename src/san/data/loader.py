@@ -102,9 +102,7 @@ class Loader:
             return
         for key, value in self._order.identity().items():
             if state[key] != value:
-                raise UserError(
-                    f"an interrupted run needs the same {key} to go on: it had {state[key]}, not {value}"
-                )
+                raise UserError(f"an interrupted run needs the same {key} to go on: it had {state[key]}, not {value}")
         finished = state["position"] >= len(self)
         self.epoch = state["epoch"] + finished
         self.position = 0 if finished else state["position"]
@@ -224,9 +222,7 @@ class _Example(NamedTuple):
 class _Examples(TorchDataset):
     """What workers do for each (epoch, index)."""
 
-    def __init__(
-        self, images: ImageSet, prepare: Callable[[Image.Image], torch.Tensor], seed: int, training: bool
-    ):
+    def __init__(self, images: ImageSet, prepare: Callable[[Image.Image], torch.Tensor], seed: int, training: bool):
         self.images, self.prepare, self.seed = images, prepare, seed
         self.candidates = min(1 + REPLACEMENTS, len(images)) if training else 1
 

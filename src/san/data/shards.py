@@ -57,9 +57,7 @@ def in_shards(folder: Path) -> Splits:
         for split in {split_of[word] for word in words if word in split_of}:
             shards.setdefault(split, []).append(path)
     if not shards:
-        raise UserError(
-            f"{folder} has no shards: give a folder with train-0000.tar, val-0000.tar or the like"
-        )
+        raise UserError(f"{folder} has no shards: give a folder with train-0000.tar, val-0000.tar or the like")
     sets: dict[str, ImageSet] = {split: ImageShards(paths) for split, paths in shards.items()}
     return Splits(_class_names(folder / "classnames.txt", sets), sets)
 
@@ -70,9 +68,7 @@ def _class_names(file: Path, sets: dict[str, ImageSet]) -> list[str]:
         return [str(number) for number in range(classes)]
     names = file.read_text().splitlines()
     if len(names) < classes:
-        raise UserError(
-            f"{file} names {len(names)} classes, but labels go up to {classes - 1}: add the others"
-        )
+        raise UserError(f"{file} names {len(names)} classes, but labels go up to {classes - 1}: add the others")
     return names
 
 
@@ -94,7 +90,5 @@ def _samples(shard: Path) -> list[tuple[tarfile.TarInfo, int]]:
             f"{shard} cannot be read ({problem}): shards are plain .tar files with KEY.jpg and KEY.cls"
         ) from problem
     if unlabelled := [key for key in images if key not in labels]:
-        raise UserError(
-            f"{shard}: {images[unlabelled[0]].name} has no label: add its number as {unlabelled[0]}.cls"
-        )
+        raise UserError(f"{shard}: {images[unlabelled[0]].name} has no label: add its number as {unlabelled[0]}.cls")
     return [(member, labels[key]) for key, member in images.items()]

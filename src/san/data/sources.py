@@ -104,9 +104,7 @@ def _find(where: str, download_to: Path | None) -> Splits:
     if name in (known := torchvision_names()):
         return in_torchvision(name, download_to)
     if "." in where or "/" in where:
-        raise UserError(
-            f"there is no file or folder {where}: give one that exists, or the name of a data set"
-        )
+        raise UserError(f"there is no file or folder {where}: give one that exists, or the name of a data set")
     raise UserError(
         f"there are no data called {where!r}: give digits, an existing folder or archive, wds/FOLDER, "
         f"hfds/NAME, or one of {', '.join(sorted(known))}"

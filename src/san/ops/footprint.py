@@ -40,6 +40,9 @@ class Footprint:
     border: str = "reflect"
 
     def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "dilation"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name} is {getattr(self, name)!r}, but it must be one integer for both sides")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {self.kernel_size}, but it must be odd and at least 1")
         if self.stride < 1 or self.dilation < 1:

@@ -43,7 +43,8 @@ class Classifier(LightningModule):
         self.batches = batches
         num_classes = int(cast(Any, model).num_classes)
         decay = settings.ema_decay
-        self.average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+        # Without gradients: data-parallel engines wait for those of every parameter that wants one.
+        self.average = ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False) if decay else None
         self.smoothing = torch_label_smoothing(settings.label_smoothing, num_classes)
         self.mixup = _mixup(settings, num_classes, self.smoothing)
         self.sums = torch.zeros(3, dtype=torch.float64)
