@@ -1,5 +1,7 @@
 """The one exception for mistakes of a user: the command line shows its sentence and exits with code 2."""
 
+from __future__ import annotations
+
 __all__ = ["UserError"]
 
 
