@@ -66,10 +66,17 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(field))
 
 
+def processor() -> str:
+    """The processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def report_peak(form: str, batch: int, backend: str) -> None:
     """Print the rise of peak resident memory over one forward pass of every layer, in MiB."""
     layers = attention_layers(form, batch)
     seconds(layers[-1][0], layers[-1][1][:1], backend)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident("VmRSS")
     for layer, x in layers:
         seconds(layer, x, backend)
@@ -92,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": f"SAN10 {arguments.form} attention layers, 224x224, batch {arguments.batch}, float32, inference",
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "milliseconds": {name: [round(1e3 * t, 1) for t in found] for name, found in times.items()},
         "peak_MiB": {name: round(peak, 1) for name, peak in peaks.items()},

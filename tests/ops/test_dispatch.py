@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,6 @@ from san import ops
 from san.errors import UserError
 from san.ops import tiled
 from san.ops.cases import CASES
-from san.ops.kernels import attention
 
 PAIRWISE = CASES["pairwise-subtraction-LRL-relative"]
 
@@ -63,6 +64,13 @@ def test_a_backend_can_be_forced(ran: list[str], monkeypatch: pytest.MonkeyPatch
     with ops.use_backend("auto"):
         attend()
     assert ran == ["tiled", "reference", "tiled", "tiled", "reference"]
+
+
+def test_threads_force_backends_apart(ran: list[str]) -> None:
+    with ops.use_backend("tiled"), ThreadPoolExecutor(1) as pool:
+        pool.submit(attend).result()
+        attend()
+    assert ran == ["reference", "tiled"]
 
 
 def test_the_forced_backend_is_restored_after_an_error() -> None:
@@ -118,7 +126,10 @@ def maps(*channels: int, size: tuple[int, int] = (4, 4)) -> list[torch.Tensor]:
         (lambda: attend(relation="addition"), "choose one of: subtraction, summation, hadamard, concatenation, dot"),
         (lambda: ops.patchwise_attention(*maps(2, 2, 4), kernel_size=3, relation="dot"), "concatenation, star, clique"),
         (lambda: attend(kernel_size=4), "kernel_size is 4"),
-        (lambda: ops.pairwise_attention(*maps(2, 3, 4), kernel_size=3), "query has 2 channels and key 3"),
+        (
+            lambda: ops.pairwise_attention(*maps(2, 3, 4), kernel_size=3),
+            "query has 2 channels of torch.float32 and key 3",
+        ),
         (lambda: ops.pairwise_attention(*maps(3, 3, 4), kernel_size=3), "3 weight groups do not divide the 4 channels"),
         (lambda: ops.pairwise_attention(*maps(2, 2), torch.zeros(1, 4, 3, 3), kernel_size=3), "must agree"),
         (
@@ -128,12 +139,20 @@ def maps(*channels: int, size: tuple[int, int] = (4, 4)) -> list[torch.Tensor]:
         (lambda: ops.pairwise_attention(*maps(2, 2, 4, size=(0, 4)), kernel_size=3), "must be at least 1"),
         (lambda: ops.patchwise_attention(*maps(2, 2, 4), kernel_size=3), "multiple of the footprint's 9 places"),
         (lambda: ops.aggregation(*maps(4), torch.zeros(1, 2, 9, 15), kernel_size=3), r"must be \[1, G, 9, 16\]"),
-        (lambda: ops.relation(*maps(2, 3), kernel_size=3), "must have the same shape"),
+        (lambda: ops.relation(*maps(2, 3), kernel_size=3), "must have one shape"),
         (lambda: ops.relation(*maps(2, 2), form="clique", kernel_size=3), "choose one of: pairwise, patchwise"),
         (lambda: ops.support("attention"), "choose one of: aggregation, pairwise_attention, patchwise_attention"),
         (lambda: ops.Position("polar", torch.eye(2), None), "choose relative or absolute"),
         (lambda: ops.Mapping(()), "at least one layer"),
         (lambda: attend(position=None), "the mapping takes 6 channels, but relation 'subtraction' gives 4"),
+        (lambda: ops.Position("relative", torch.eye(3), None), r"must be \[2, 2\]"),
+        (lambda: attend_with(lambda pairs: pairs[:, :3]), "a G that divides the 8 channels"),
+        (lambda: ops.patchwise_attention(*maps(2), maps(2)[0].double(), *maps(4), kernel_size=3), "must be alike"),
+        (
+            lambda: ops.aggregation(*maps(4), torch.zeros(1, 2, 9, 16, dtype=torch.long), kernel_size=3),
+            "must be a floating",
+        ),
+        (lambda: ops.relation(*maps(2, 2, size=(0, 4)), kernel_size=3), "none of R, H, W 0"),
         (lambda: _one_pixel(), "more than one value per channel"),
     ],
 )
@@ -143,6 +162,11 @@ def test_a_bad_call_ends_in_one_sentence(call, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def attend_with(mapping) -> torch.Tensor:
+    problem = PAIRWISE.build()
+    return ops.pairwise_attention(*problem.arguments[:3], mapping, **problem.options)
+
+
 def _one_pixel() -> None:
     problem = CASES["patchwise-concatenation-LRL"].build()
     one = [x[:1, :, :1, :1] for x in problem.arguments[:3]]
@@ -150,7 +174,6 @@ def _one_pixel() -> None:
 
 
 def test_reference_runs_every_registered_operator() -> None:
-    assert attention.run is not None
     for name in ("aggregation", "pairwise_attention", "patchwise_attention"):
         problem = next(case for case in CASES.values() if case.operator == name).build()
         with ops.use_backend("reference"):

@@ -83,6 +83,7 @@ def pairwise_attention(
     divides C, and value channel c uses weight group c mod G; None is the identity (G = D), and `dot` with None and no
     position is scalar attention. With stride, the centres are input pixels 0, s, 2s, …. Any floating dtype, contiguous
     or channels-last; sums in at least float32. A mapping whose BatchNorm uses the batch moves its running averages.
+    Second derivatives, torch.func and forward-mode differentiation need `use_backend("reference")`.
 
     Raises `UserError` for shapes that do not fit or unknown names, and when a forced backend refuses.
     """
@@ -164,6 +165,10 @@ def _run(operator: str, call: Any, value: Tensor) -> Tensor:
 def _aggregation_call(value: Tensor, weight: Tensor, **geometry: Any) -> AggregationCall:
     footprint = Footprint(**geometry)
     check_maps(value=value)
+    if weight.device != value.device or not weight.is_floating_point():
+        raise UserError(
+            f"weight is {weight.dtype} on {weight.device}, but it must be a floating tensor on {value.device}"
+        )
     rows, columns = footprint.output_size(*value.shape[2:])
     expected = [value.shape[0], "G", footprint.places, rows * columns]
     if weight.dim() != 4 or [*weight.shape[:1], *weight.shape[2:]] != [expected[0], *expected[2:]]:

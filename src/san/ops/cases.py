@@ -17,7 +17,7 @@ from san.ops.mapping import MAPPINGS, Mapping, MappingLayer
 from san.ops.normalization import BatchNorm
 from san.ops.relations import POSITION_WIDTHS, Position, find_relation
 
-__all__ = ["CASES", "NETWORK_CASES", "Case", "Problem"]
+__all__ = ["CASES", "Case", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,19 @@ class Case:
         return Footprint(self.kernel_size, self.stride, self.dilation, self.border)
 
     def build(
-        self, dtype: torch.dtype = torch.float64, device: str = "cpu", *, seed: int = 0, channels_last: bool = False
+        self,
+        dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
+        *,
+        seed: int = 0,
+        channels_last: bool = False,
+        parameters: torch.dtype | None = None,
     ) -> Problem:
-        """Random arguments in `dtype`; γ and position in at least float32, as layers keep them under autocast.
+        """Random arguments in `dtype`; γ and position in `parameters`, by default at least float32 as under autocast.
 
         Values are drawn in float32 and rounded to `dtype`, so that the same seed gives the same problem in float64.
         """
-        draw = _Draw(seed, dtype, device, channels_last)
+        draw = _Draw(seed, dtype, device, channels_last, parameters or torch.promote_types(dtype, torch.float32))
         options: dict[str, Any] = vars(self.footprint).copy()
         value = draw.map("value", self.batch, self.channels, self.height, self.width)
         if self.operator == "aggregation":
@@ -100,9 +106,11 @@ class Case:
 class _Draw:
     """Draws named tensors from one generator."""
 
-    def __init__(self, seed: int, dtype: torch.dtype, device: str, channels_last: bool) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype, device: str, channels_last: bool, parameters: torch.dtype
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.parameters, self.device = dtype, parameters, device
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.tensors: dict[str, Tensor] = {}
         self.running: dict[str, Tensor] = {}
@@ -116,7 +124,7 @@ class _Draw:
         return x
 
     def vector(self, name: str, *shape: int) -> Tensor:
-        self.tensors[name] = self._normal(torch.promote_types(self.dtype, torch.float32), *shape).requires_grad_()
+        self.tensors[name] = self._normal(self.parameters, *shape).requires_grad_()
         return self.tensors[name]
 
     def layer(self, name: str, taken: int, given: int, training: bool) -> MappingLayer:
@@ -204,26 +212,4 @@ def _geometry_cases() -> list[Case]:
     return [replace(base, name=f"{base.name}-{name}", **change) for base in bases for name, change in _GEOMETRIES]
 
 
-def _network_cases() -> list[Case]:
-    """The attention layers of SAN10 at 224×224, batch 4 (one per stage and form)."""
-    stages = ((112, 64, 3), (56, 256, 7), (28, 512, 7), (14, 1024, 7), (7, 2048, 7))
-    return [
-        Case(
-            f"san10-{form}-stage{stage}",
-            f"{form}_attention",
-            {"pairwise": "subtraction", "patchwise": "concatenation"}[form],
-            batch=4,
-            height=side,
-            width=side,
-            relation_channels=width // 16,
-            channels=width // 4,
-            groups=width // 32,
-            kernel_size=kernel_size,
-        )
-        for form in ("pairwise", "patchwise")
-        for stage, (side, width, kernel_size) in enumerate(stages)
-    ]
-
-
 CASES = {case.name: case for case in (*_operator_cases(), *_geometry_cases())}
-NETWORK_CASES = {case.name: case for case in _network_cases()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from san.errors import UserError
 
-__all__ = ["ORDER", "answers", "backends", "register", "run", "use_backend"]
+__all__ = ["ORDER", "answers", "backends", "forced_backend", "register", "run", "use_backend"]
 
 ORDER = ("triton", "native", "tiled", "reference")
 
@@ -30,7 +31,7 @@ class _Implementation:
 
 
 _implementations: dict[str, dict[str, _Implementation]] = {}
-_forced: list[str] = []
+_forced: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def register(
@@ -55,15 +56,20 @@ def backends() -> tuple[str, ...]:
 def use_backend(name: str) -> Generator[None]:
     """Force one backend inside a `with` block, for every operator: `with san.ops.use_backend("tiled"): …`.
 
-    "auto" restores the automatic choice. It outranks the environment variable `SAN_BACKEND`, and holds for all threads.
+    "auto" restores the automatic choice. It outranks the environment variable `SAN_BACKEND`, and holds for this thread.
     A call that the forced backend cannot run raises `ValueError` with the backend's sentence.
     """
     _check_name(name)
-    _forced.append(name)
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
+
+
+def forced_backend() -> str:
+    """The backend that `use_backend` or `SAN_BACKEND` forces here, or "auto"."""
+    return _forced.get() or os.environ.get("SAN_BACKEND") or "auto"
 
 
 def answers(operator: str, call: Any) -> dict[str, str | None]:
@@ -77,7 +83,7 @@ def answers(operator: str, call: Any) -> dict[str, str | None]:
 
 def run(operator: str, call: Any) -> Tensor:
     """Run a call on the forced backend, or on the first that accepts it and pays."""
-    forced = _forced[-1] if _forced else os.environ.get("SAN_BACKEND", "auto")
+    forced = forced_backend()
     _check_name(forced)
     if forced != "auto":
         refusal = answers(operator, call)[forced]

@@ -72,8 +72,8 @@ class Footprint:
         """The window onto output rows [row, row_stop), reading only the input rows that they need."""
         lowest, highest = row * self.stride - self.padding, (row_stop - 1) * self.stride + self.padding
         if self.border == "reflect":
-            read = _reflect(torch.arange(lowest, highest + 1), height)
-            first, stop = int(read.min()), int(read.max()) + 1
+            read = [_reflected(index, height) for index in range(lowest, highest + 1)]
+            first, stop = min(read), max(read) + 1
         else:
             first, stop = max(lowest, 0), min(highest + 1, height)
         return Window(self, height, width, row, row_stop, first, stop)
@@ -112,20 +112,26 @@ class Window:
         right = (rule.output_size(self.height, self.width)[1] - 1) * rule.stride + padding + 1
         if rule.border == "zeros":
             return F.pad(x, [padding, right - self.width, self.first - top, bottom - self.stop])
-        rows = _reflect(torch.arange(top, bottom, device=x.device), self.height) - self.first
-        columns = _reflect(torch.arange(-padding, right, device=x.device), self.width)
+        rows = _reflected_range(top, bottom, self.height, x.device) - self.first
+        columns = _reflected_range(-padding, right, self.width, x.device)
         return x.index_select(2, rows).index_select(3, columns)
 
 
 def coordinates(height: int, width: int, *, like: Tensor) -> Tensor:
     """Pixel coordinates in [−1, 1], x first: [1, 2, H, W], in dtype and on device of `like`; −1 along a side of one."""
-    y = torch.linspace(-1, 1, height, dtype=like.dtype, device=like.device)
-    x = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)
+    # Not torch.linspace, which would make the sizes constants of a traced graph.
+    y, x = (torch.arange(n, dtype=like.dtype, device=like.device) * (2 / max(n - 1, 1)) - 1 for n in (height, width))
     return torch.stack([x.expand(height, width), y.unsqueeze(1).expand(height, width)]).unsqueeze(0)
 
 
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold integers of any size into [0, size) by a triangle wave of period 2(size − 1)."""
+def _reflected(index: int, size: int) -> int:
+    """Fold an index into [0, size) by a triangle wave of period 2(size − 1)."""
     period = max(2 * (size - 1), 1)
-    index = index % period
+    return min(index % period, period - index % period)
+
+
+def _reflected_range(start: int, stop: int, size: int, device: torch.device) -> Tensor:
+    """`_reflected` for every index in [start, stop)."""
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(start, stop, device=device) % period
     return torch.minimum(index, period - index)

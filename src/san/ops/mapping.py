@@ -32,6 +32,17 @@ class MappingLayer:
     weight: Tensor
     bias: Tensor | None
 
+    def __post_init__(self) -> None:
+        given, taken = self.weight.shape
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            x = getattr(self.norm, name)
+            if x is not None and x.shape != (taken,):
+                raise UserError(
+                    f"BatchNorm's {name} is {list(x.shape)}, but the Linear behind it takes {taken} channels"
+                )
+        if self.bias is not None and self.bias.shape != (given,):
+            raise UserError(f"the Linear's bias is {list(self.bias.shape)}, but it gives {given} channels")
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer."""
         return linear(F.relu(self.norm(x)), self.weight, self.bias)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
 
 from san.errors import UserError
 
@@ -90,8 +91,9 @@ class _GatherFromAll(torch.autograd.Function):
         return torch.stack(gathered)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total, group=ctx.group)
         return total[distributed.get_rank(ctx.group)], None
 
@@ -110,7 +112,7 @@ class BatchNorm:
 
     `uses_batch` tells whether statistics come from the batch (training, or no running averages kept) or from the
     running averages; `updates_running` whether the running averages move. `momentum` None averages over all batches.
-    Semantics are `nn.BatchNorm2d`'s, except that a batch without samples leaves the running averages alone.
+    Semantics are `nn.BatchNorm2d`'s; a batch without samples leaves the running averages alone.
     """
 
     weight: Tensor | None
@@ -172,12 +174,14 @@ class BatchNorm:
         return total.mean, total.deviation / total.count.clamp_min(1)
 
     def _move_running(self, total: Moments) -> None:
-        if self.running_mean is None or self.running_var is None or self.batches_seen is None:
+        if self.running_mean is None or self.running_var is None:
             return
         with torch.no_grad():
-            self.batches_seen.add_(1)
             moved = (total.count > 0).to(self.running_mean.dtype)
-            step = moved / self.batches_seen if self.momentum is None else moved * self.momentum
+            step = moved * (self.momentum or 0.0)
+            if self.batches_seen is not None:
+                self.batches_seen.add_(1)
+                step = moved / self.batches_seen if self.momentum is None else step
             unbiased = total.deviation / (total.count - 1).clamp_min(1)
             self.running_mean.lerp_(total.mean.to(self.running_mean.dtype), step)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), step)

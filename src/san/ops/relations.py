@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from san.errors import UserError
 from san.ops.footprint import Footprint, Window, coordinates
+from san.ops.normalization import widened
 
 __all__ = [
     "PAIRWISE_RELATIONS",
@@ -88,6 +89,8 @@ class Position:
     def __post_init__(self) -> None:
         if self.kind not in POSITION_WIDTHS or self.kind == "none":
             raise UserError(f"position {self.kind!r} is unknown; choose relative or absolute, or pass None for none")
+        if self.weight.shape != (2, 2) or (self.bias is not None and self.bias.shape != (2,)):
+            raise UserError(f"position's weight is {list(self.weight.shape)}, but it must be [2, 2], and its bias [2]")
 
     @property
     def width(self) -> int:
@@ -95,9 +98,10 @@ class Position:
         return POSITION_WIDTHS[self.kind]
 
     def map(self, height: int, width: int) -> Tensor:
-        """p of every pixel of a map: [1, 2, H, W]."""
-        plane = coordinates(height, width, like=self.weight)
-        return F.conv2d(plane, self.weight[:, :, None, None], self.bias)
+        """p of every pixel of a map, in at least float32, because p_i − p_j cancels: [1, 2, H, W]."""
+        weight = widened(self.weight)[:, :, None, None]
+        bias = None if self.bias is None else widened(self.bias)
+        return F.conv2d(coordinates(height, width, like=weight), weight, bias)
 
     def relate(self, position: Tensor, window: Window) -> Tensor:
         """Channels to join to δ, from the map p: [1, 2 or 4, K, P]."""
@@ -135,8 +139,10 @@ def relation(
 
     Raises `UserError` for an unknown kind or form, unequal shapes, or a bad footprint.
     """
-    if query.dim() != 4 or query.shape != key.shape:
-        raise UserError(f"query {list(query.shape)} and key {list(key.shape)} must have the same shape [B, R, H, W]")
+    if query.dim() != 4 or query.shape != key.shape or 0 in query.shape[1:]:
+        raise UserError(
+            f"query {list(query.shape)} and key {list(key.shape)} must have one shape [B, R, H, W], none of R, H, W 0"
+        )
     window = Footprint(kernel_size, stride, dilation, border).window(*query.shape[2:])
     found = find_relation(form, kind)
     return found.formula(found.queries(query, window), window.gather(key))

@@ -1,19 +1,23 @@
 """Runs any reference tile by tile: a band of output rows, or several small images, at a time.
 
-Portable and exact, in memory that does not grow with the footprint: forward keeps maps only, backward recomputes each
-tile. BatchNorm inside γ takes its moments tile by tile in a pass of its own and merges them, so training is exact too.
-Autograd sees three kinds of node: a pass that maps tiles to parts of the output, a pass that maps tiles to moments, and
-plain arithmetic on per-channel vectors between them; the chain rule through the statistics is therefore autograd's.
+Portable and exact, in memory that does not grow with the footprint: forward keeps maps only, in at least float32, and
+backward recomputes each tile. BatchNorm inside γ takes its moments tile by tile in a pass of its own and merges them,
+so training is exact too. Autograd sees three kinds of node: a pass that maps tiles to parts of the output, a pass that
+maps tiles to moments, and plain arithmetic on per-channel vectors between them; the chain rule through the statistics
+is therefore autograd's.
 Legend: B batch, C channels, D δ's width, K places, P output pixels, T tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from san.ops import dispatch
 from san.ops.footprint import Footprint, Window
@@ -66,11 +70,10 @@ def _tiles(footprint: Footprint, batch: int, height: int, width: int, elements_p
 TileFunction = Callable[..., Tensor]
 
 
-class _Pass(torch.autograd.Function):
-    """Apply `function(window, *parts)` to every tile and join the results; backward recomputes tile by tile.
+class _OutputPass(torch.autograd.Function):
+    """Apply `function(window, *parts)` to every tile and join the results to an output [B, C, *size].
 
-    `rows` says for every tensor how a tile takes its part. With `size` the results are parts of an output
-    [B, C, *size]; without, they are stacked as [T, …].
+    `rows` says for every tensor how a tile takes its part.
     """
 
     @staticmethod
@@ -78,54 +81,83 @@ class _Pass(torch.autograd.Function):
         ctx: Any,
         function: TileFunction,
         tiles: list[_Tile],
-        size: tuple[int, int, int] | None,
         rows: Sequence[str],
+        size: tuple[int, int],
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.function, ctx.tiles, ctx.size, ctx.rows = function, tiles, size, rows
-        ctx.save_for_backward(*tensors)
-        results = (function(tile.window, *map(tile.take, tensors, rows)) for tile in tiles)
-        return torch.stack(list(results)) if size is None else _join(results, tiles, size)
+        _remember(ctx, function, tiles, rows, tensors)
+        output = torch.empty(0)
+        for tile in tiles:
+            result = function(tile.window, *map(tile.take, tensors, rows)).unflatten(2, (-1, size[1]))
+            if tile is tiles[0]:
+                output = result.new_empty(tiles[-1].image_stop, result.shape[1], *size)
+            tile.take(output, "output").copy_(result)
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
-        totals: dict[int, Tensor] = {index: torch.zeros_like(tensors[index]) for index in wanted}
-        for number, tile in enumerate(ctx.tiles):
-            parts = [tile.take(x, rows).detach() for x, rows in zip(tensors, ctx.rows, strict=True)]
-            for index in wanted:
-                parts[index].requires_grad_()
-            with torch.enable_grad(), without_autocast(gradients[0]):
-                result = ctx.function(tile.window, *parts)
-            gradient = gradients[0][number] if ctx.size is None else _part(gradients[0], tile)
-            found = torch.autograd.grad(result, [parts[index] for index in wanted], gradient, allow_unused=True)
-            for index, part in zip(wanted, found, strict=True):
-                if part is not None:
-                    tile.take(totals[index], ctx.rows[index]).add_(part)
-        return None, None, None, None, *(totals.get(index) for index in range(len(tensors)))
+        return _pulled_back(ctx, lambda tile, result: tile.take(gradients[0], "output").flatten(2))
 
 
-def _part(output: Tensor, tile: _Tile) -> Tensor:
-    """A tile's part of an output [B, C, H, W], as [b, C, P]."""
-    return tile.take(output, "output").flatten(2)
+class _MomentsPass(torch.autograd.Function):
+    """Mean [D] and squared deviations [D] over all tiles of what `function(window, *parts)` gives, [b, D, …] each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: TileFunction, tiles: list[_Tile], rows: Sequence[str], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parts = (moments(function(tile.window, *map(tile.take, tensors, rows))) for tile in tiles)
+        _, mean, deviation = reduce(_merged, parts)
+        ctx.count = count
+        _remember(ctx, function, tiles, rows, (*tensors, mean))
+        return mean, deviation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # The mean's derivative is 1/n; the deviation's is 2(x − mean), which the mean's own motion leaves alone.
+        mean = ctx.saved_tensors[-1]
+        scale, shift = 2 * gradients[1], gradients[0] / ctx.count - 2 * gradients[1] * mean
+        return _pulled_back(ctx, lambda tile, result: scale_and_shift(result, scale, shift))
 
 
-def _join(results: Iterable[Tensor], tiles: list[_Tile], size: tuple[int, int, int]) -> Tensor:
-    batch, height, width = size
-    output = torch.empty(0)
-    for tile, result in zip(tiles, results, strict=True):
-        if tile is tiles[0]:
-            output = result.new_empty(batch, result.shape[1], height, width)
-        tile.take(output, "output").copy_(result.unflatten(2, (-1, width)))
-    return output
+def _merged(first: Moments, second: Moments) -> Moments:
+    return merge_moments(Moments(*map(torch.stack, zip(first, second, strict=True))))
+
+
+def _remember(
+    ctx: Any, function: TileFunction, tiles: list[_Tile], rows: Sequence[str], tensors: Sequence[Tensor]
+) -> None:
+    ctx.function, ctx.tiles, ctx.rows = function, tiles, rows
+    ctx.save_for_backward(*tensors)
+
+
+def _pulled_back(ctx: Any, gradient_of: Callable[[_Tile, Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a pass, tile by tile: recompute a result, ask for its gradient, add what parts derive from it."""
+    tensors = ctx.saved_tensors[: len(ctx.rows)]
+    wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+    totals = {index: torch.zeros_like(tensors[index]) for index in wanted}
+    for tile in ctx.tiles:
+        parts = [tile.take(x, rows).detach() for x, rows in zip(tensors, ctx.rows, strict=True)]
+        for index in wanted:
+            parts[index].requires_grad_()
+        with torch.enable_grad(), without_autocast(parts[0]):
+            result = ctx.function(tile.window, *parts)
+        gradient = gradient_of(tile, result.detach())
+        found = torch.autograd.grad(result, [parts[index] for index in wanted], gradient, allow_unused=True)
+        for index, part in zip(wanted, found, strict=True):
+            if part is not None:
+                tile.take(totals[index], ctx.rows[index]).add_(part)
+    return None, None, None, None, *(totals.get(index) for index in range(len(tensors)))
 
 
 def supports(call: AttentionCall | AggregationCall) -> str | None:
     """None, or why the call cannot run in tiles."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "tiled loops over tiles in Python, which a tracer would unroll into one graph per map size"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "tiled has a backward of its own, which torch.func and forward-mode differentiation cannot transform"
     if isinstance(call, AttentionCall) and not isinstance(call.mapping, Mapping | None):
         return "tiled needs the mapping's layers to take statistics between them, but the mapping is an opaque callable"
     return None
@@ -152,53 +184,56 @@ def run_aggregation(call: AggregationCall) -> Tensor:
     def aggregate(window: Window, value: Tensor, weight: Tensor) -> Tensor:
         return attend(weight.flatten(3), value, window)
 
-    y = _Pass.apply(aggregate, tiles, (batch, *size), ("input", "output"), value, weight.unflatten(3, size))
+    y = _OutputPass.apply(aggregate, tiles, ("input", "output"), size, value, weight.unflatten(3, size))
     return y.to(call.value.dtype)
 
 
 def run_attention(call: AttentionCall) -> Tensor:
     """Pairwise or patchwise attention in tiles; see their `reference.py`."""
-    maps, value = call.maps(), widened(call.value)
-    batch, _, height, width = value.shape
+    maps, formulas = [widened(x) for x in call.maps()], call.without_tensors()
+    batch, _, height, width = call.value.shape
     tiles = _tiles(call.footprint, batch, height, width, call.elements_per_pixel())
     if not tiles:
         return attention.run(call)
+    size = call.footprint.output_size(height, width)
+    samples = batch * size[0] * size[1] * call.samples_per_pixel()
     layers: list[Tensor] = []
     for layer in call.mapping.layers if isinstance(call.mapping, Mapping) else ():
-        local = _moments(call, tiles, maps, layers) if layer.norm.uses_batch else None
-        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-        layers = [*layers, *layer.norm.scale_and_shift(local), layer.weight, bias]
+        local = _moments(formulas, tiles, samples, maps, layers) if layer.norm.uses_batch else None
+        weight = widened(layer.weight)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else widened(layer.bias)
+        layers = [*layers, *layer.norm.scale_and_shift(local), weight, bias]
+    count = len(maps)  # not the maps themselves: what a pass captures lives as long as its output
 
     def output(window: Window, *parts: Tensor) -> Tensor:
-        maps, layers = parts[1 : 1 + count], parts[1 + count :]
-        return call.attend(_scores(call, window, maps, layers), parts[0], window)
+        scores = _scores(formulas, window, parts[1 : 1 + count], parts[1 + count :])
+        return formulas.attend(scores, parts[0], window)
 
-    count = len(maps)
     rows = ["input"] * (1 + count) + ["all"] * len(layers)
-    size = (batch, *call.footprint.output_size(height, width))
-    return _Pass.apply(output, tiles, size, rows, value, *maps, *layers).to(call.value.dtype)
+    return _OutputPass.apply(output, tiles, rows, size, widened(call.value), *maps, *layers).to(call.value.dtype)
 
 
-def _scores(call: AttentionCall, window: Window, maps: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
+def _scores(formulas: AttentionCall, window: Window, maps: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
     """γ of a tile; `layers` are scale, shift, weight and bias of each layer so far."""
-    x = call.relate(tuple(maps), window)
+    x = formulas.relate(tuple(maps), window)
     for index in range(0, len(layers), 4):
         scale, shift, weight, bias = layers[index : index + 4]
         x = linear(scale_and_shift(x, scale, shift).relu_(), weight, bias)
     return x
 
 
-def _moments(call: AttentionCall, tiles: list[_Tile], maps: Sequence[Tensor], layers: Sequence[Tensor]) -> Moments:
+def _moments(
+    formulas: AttentionCall, tiles: list[_Tile], samples: int, maps: Sequence[Tensor], layers: Sequence[Tensor]
+) -> Moments:
     """Moments of what the next layer of γ normalises, over all tiles."""
     count = len(maps)
 
-    def packed(window: Window, *parts: Tensor) -> Tensor:
-        found = moments(_scores(call, window, parts[:count], parts[count:]))
-        return torch.stack([found.count.expand_as(found.mean), found.mean, found.deviation])
+    def normalised(window: Window, *parts: Tensor) -> Tensor:
+        return _scores(formulas, window, parts[:count], parts[count:])
 
     rows = ["input"] * count + ["all"] * len(layers)
-    parts = _Pass.apply(packed, tiles, None, rows, *maps, *layers)
-    return merge_moments(Moments(parts[:, 0, 0], parts[:, 1], parts[:, 2]))
+    mean, deviation = _MomentsPass.apply(normalised, tiles, rows, samples, *maps, *layers)
+    return Moments(mean.new_full((), samples), mean, deviation)
 
 
 for _operator, _run in (

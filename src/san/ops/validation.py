@@ -27,8 +27,11 @@ def check_maps(**maps: Tensor) -> None:
                 f"{name} is {list(x.shape)} on {x.device} and {first} {list(like.shape)} on {like.device}, "
                 "but batch, height, width and device must agree"
             )
-        if name == "key" and x.shape != like.shape:
-            raise UserError(f"query has {like.shape[1]} channels and key {x.shape[1]}, but they must have equally many")
+        if name == "key" and (x.shape != like.shape or x.dtype != like.dtype):
+            raise UserError(
+                f"query has {like.shape[1]} channels of {like.dtype} and key {x.shape[1]} of {x.dtype}, "
+                "but they must be alike"
+            )
 
 
 def check_mapping(call: AttentionCall, width: int) -> None:

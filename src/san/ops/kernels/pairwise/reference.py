@@ -6,7 +6,8 @@ Legend: B batch, D δ's width, G weight groups, K places, P output pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class PairwiseCall(attention.AttentionCall):
         query, key = super().maps()
         if self.position is None:
             return query, key
-        return query, key, self.position.map(*key.shape[2:]).to(key.dtype)
+        return query, key, self.position.map(*key.shape[2:])
 
     def relate(self, maps: tuple[Tensor, ...], window: Window) -> Tensor:
         """[δ(φ(x_i), ψ(x_j)), position] of every pair: [B, D, K, P]."""
@@ -39,8 +40,13 @@ class PairwiseCall(attention.AttentionCall):
         pairs = PAIRWISE_RELATIONS[self.relation].formula(window.centre(query), window.gather(key))
         if self.position is None:
             return pairs
-        places = self.position.relate(position[0], window)
+        places = self.position.relate(position[0].to(pairs.dtype), window)
         return torch.cat([pairs, places.expand(pairs.shape[0], -1, -1, -1)], dim=1)
+
+    def without_tensors(self) -> Self:
+        """The formulas alone; of position, only its kind is used from here on."""
+        position = self.position and replace(self.position, weight=self.position.weight.detach(), bias=None)
+        return replace(super().without_tensors(), position=position)
 
     def samples_per_pixel(self) -> int:
         """K: γ sees one column per pair."""
