@@ -6,6 +6,7 @@ all of them become upright 8-bit RGB, or a `BrokenImage` that names the file.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -160,11 +161,11 @@ class BrokenImages:
         self.indices.update(indices)
 
     def check(self, max_share: float = 0.01) -> None:
-        """Raise `UserError` where more than `max_share` of the whole set is broken."""
-        if len(self) > max_share * len(self.images):
+        """Raise `UserError` where more than `max_share` of the whole set, rounded up to whole images, is broken."""
+        if len(self) > math.ceil(max_share * len(self.images)):
             raise UserError(
                 f"{len(self)} of {len(self.images)} images cannot be read ({first(self.names)}), more than "
-                f"the allowed share of {max_share:.3g}: repair or remove them, or allow a larger share"
+                f"the allowed share of {max_share:.3g}: repair or remove them, or allow more with --max-broken"
             )
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from san.training.engine import run
-
 __all__ = ["train"]
 
 
@@ -113,4 +111,8 @@ def train(
     Raises:
         UserError: A setting is wrong or does not fit the data, or the loss stopped being a number.
     """
-    return run(SimpleNamespace(**locals()), train)
+    settings = SimpleNamespace(**locals())
+    # Here, so that `san train --help` need not wait for Lightning.
+    from san.training.engine import run
+
+    return run(settings, train)

@@ -1,13 +1,16 @@
-"""What a user sees while training: one line an epoch, and between lines a progress bar if a person is watching."""
+"""What a user sees while training: a line an epoch, and in between a bar on a terminal or a line a minute in a log."""
 
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 
 from rich import console, progress
 
 __all__ = ["Console", "hush"]
+
+SECONDS_BETWEEN_LINES = 60
 
 
 class Console:
@@ -17,11 +20,12 @@ class Console:
         self.console = console.Console(highlight=False, markup=False, soft_wrap=True, quiet=not speaks)
         self._bar: progress.Progress | None = None
         self._task = progress.TaskID(0)
+        self._counted, self._total, self._what, self._spoken = 0, 0, "", time.monotonic()
 
     @property
     def busy(self) -> bool:
-        """Whether a bar is shown."""
-        return self._bar is not None
+        """Whether something is being counted."""
+        return self._what != ""
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -30,6 +34,7 @@ class Console:
     def start(self, what: str, total: int, done: int = 0) -> None:
         """Begin a bar of `total` steps, `done` of them behind us, in place of the one before."""
         self.stop()
+        self._what, self._counted, self._total, self._spoken = what, done, total, time.monotonic()
         if not self.console.is_terminal or self.console.quiet:
             return
         columns = (
@@ -44,11 +49,16 @@ class Console:
 
     def advance(self, steps: int = 1) -> None:
         """Some steps further."""
+        self._counted += steps
         if self._bar is not None:
             self._bar.advance(self._task, steps)
+        elif time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
+            self.say(f"{self._what}: {self._counted} of {self._total}")
+            self._spoken = time.monotonic()
 
     def stop(self) -> None:
         """Take the bar away."""
+        self._what = ""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from san.evaluation.accuracy import Accuracy
 from san.training.folder import replacing
@@ -110,6 +110,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
             if values[-1] is not None:
                 panel.plot(epochs, values, mark, markersize=3, label="training" if part == "train" else part)
         panel.set(xlabel="epoch", ylabel=label)
+        panel.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.legend()
     with replacing(path) as temporary:

@@ -19,8 +19,17 @@ __all__ = ["PRECISIONS", "check", "continued", "started"]
 
 PRECISIONS = {"32": "32-true", "64": "64-true", "bf16-mixed": "bf16-mixed", "16-mixed": "16-mixed"}
 
-# What a continued run may be given anew, because it belongs to the machine and not to the experiment.
-OF_THE_MACHINE = ("data", "workers", "accelerator", "devices", "num_nodes", "strategy", "checkpoint_minutes")
+# What a continued run may be given anew, because it belongs to the machine or its disk and not to the experiment.
+OF_THE_MACHINE = (
+    "data",
+    "max_broken",
+    "workers",
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "checkpoint_minutes",
+)
 
 # Each setting's range: a test, and what would be right.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
