@@ -178,6 +178,19 @@ def test_interrupted_save_leaves_the_old_file_whole(tmp_path: Path, monkeypatch:
     _assert_same(model, load_model(tmp_path / "model.safetensors"))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError], ids=lambda error: error.__name__)
+def test_save_that_fails_leaves_nothing_behind(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("os.replace", failing)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        save_model(_model(), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     """The one sentence that a mistake ends in."""
     with pytest.raises(UserError) as caught:
@@ -201,7 +214,17 @@ def test_what_cannot_be_saved(tmp_path: Path):
     assert "not a plain value" in _refusal(save_model, by_class, target)
     (tmp_path / "file").touch()
     assert "cannot be written" in _refusal(save_model, _model(), tmp_path / "file" / "model.safetensors")
-    assert not target.exists()
+    assert "cannot be written" in _refusal(save_model, _model(), tmp_path / f"{'a' * 300}.safetensors")
+    target.mkdir()
+    assert "cannot be written" in _refusal(save_model, _model(), target)
+    assert {file.name for file in tmp_path.iterdir()} == {"file", target.name}
+
+
+@pytest.mark.parametrize(("key", "value"), [("label_names", [1, 2, 3]), ("crop_pct", -1), ("mean", "bright")])
+def test_what_could_not_be_read_again_is_not_saved(key: str, value: Any, tmp_path: Path):
+    model = _model()
+    model.pretrained_cfg[key] = value
+    assert "pretrained_cfg is not what files hold" in _refusal(save_model, model, tmp_path / "model.safetensors")
 
 
 class _Trap:
@@ -280,6 +303,27 @@ def test_checkpoints_without_weights_are_refused(content: Any, tmp_path: Path):
     assert "no state_dict" in _refusal(load_model, tmp_path / "published.pth")
 
 
+ODD_TENSORS = {
+    "complex": torch.zeros(3, 256, dtype=torch.complex64),
+    "truth values": torch.zeros(3, 256, dtype=torch.bool),
+    "quantized": torch.quantize_per_tensor(torch.zeros(3, 256), 0.1, 0, torch.qint8),
+    "sparse": torch.zeros(3, 256).to_sparse(),
+    "repeated": torch.zeros(1).expand(3, 256),
+    "huge": torch.zeros(1).expand(10**12, 256),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_only_dense_tensors_of_real_numbers_are_weights(kind: str, tmp_path: Path):
+    state = {**san.create_model("san4_pairwise", 3).state_dict(), "fc.weight": ODD_TENSORS[kind]}
+    torch.save(state, tmp_path / "published.pth")
+    assert "published.pth" in _refusal(load_model, tmp_path / "published.pth")
+    assert "published.pth" in _refusal(san.create_model, "san4_pairwise", 3, checkpoint=tmp_path / "published.pth")
+    if kind in ("complex", "truth values"):
+        save_file(state, tmp_path / "model.safetensors")
+        assert "must be real numbers" in _refusal(load_model, tmp_path / "model.safetensors")
+
+
 def test_missing_files(tmp_path: Path):
     assert "does not exist" in _refusal(load_model, tmp_path / "missing.pth")
     assert "folder without model.safetensors" in _refusal(load_model, tmp_path)
@@ -325,9 +369,21 @@ GOOD = {
 }
 
 
+ODD_PREPROCESSING = {
+    "input_size": ([3], [3, 0, 28], [3, 28.5, 28]),
+    "mean": (["a", "b"], [], [float("nan")] * 3),
+    "std": ([0.5, 0.5, 0], [True] * 3),
+    "interpolation": ("magic", ["bilinear"]),
+    "crop_pct": (-1, 0, 1.5, "1", float("inf")),
+    "crop_mode": ("magic", 3),
+}
+
+
 def test_metadata_that_cannot_be_read(tmp_path: Path):
     file = tmp_path / "model.safetensors"
     wrong = [{**GOOD, "preprocessing": {"mean": 0.5}}, {**GOOD, "label_names": ["cat"]}, {**GOOD, "label_names": "?"}]
+    wrong += [{**GOOD, "preprocessing": {key: value}} for key, values in ODD_PREPROCESSING.items() for value in values]
+    wrong += [{**GOOD, "label_names": ["cat", "dog", {}]}, {**GOOD, "num_classes": True}]
     wrong += [{**GOOD, key: value} for key in GOOD if key != "label_names" for value in ("?", -1.5, [[]])]
     texts = ["", "?", "3", "[]", "{}", "[" * 100_000, '{"format_version": Infinity}', '{"format_version": 1}']
     for text in [*texts, *map(json.dumps, wrong)]:
@@ -358,6 +414,8 @@ def test_metadata_that_cannot_be_read(tmp_path: Path):
         ("options", {"share": "8"}, "cannot be built"),
         ("options", {"position": "none"}, "which the network lacks"),
         ("options", {"share": 4}, "does not fit"),
+        ("options", {"global_pool": ["avg"]}, "cannot be built"),
+        ("options", {"drop_rate": "x"}, "must be a number from 0 to 1"),
         ("options", {"features_only": True}, "not a checkpoint of this network"),
     ],
 )
@@ -366,6 +424,32 @@ def test_metadata_that_tells_of_no_network(field: str, value: Any, reason: str, 
     sentence = _refusal(load_model, tmp_path / "model.safetensors")
     assert reason in sentence
     assert "model.safetensors" in sentence
+
+
+BIG = [
+    ("num_classes", 10**12, "does not fit: fc.weight"),
+    ("options", {"widths": [64, 128, 10**8]}, "does not fit"),
+    ("options", {"in_chans": 10**10}, "does not fit"),
+    ("options", {"blocks": [10**9, 2, 1]}, "blocks are more than the 158 tensors of "),
+    ("options", {"pools": [10**12, 1, 1], "kernels": [3, 3, 3], "share": 4}, "does not fit"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "reason"), BIG)
+def test_numbers_of_a_file_cost_nothing_before_they_fit_its_tensors(
+    field: str, value: Any, reason: str, tmp_path: Path
+):
+    file = tmp_path / "model.safetensors"
+    _with_metadata(file, json.dumps({**GOOD, field: value}))
+    assert reason in _refusal(load_model, file)
+    classes = value if field == "num_classes" else 3
+    assert reason in _refusal(san.create_model, "san4_pairwise", classes, checkpoint=file)
+
+
+def test_layers_of_a_baseline_are_counted_too(tmp_path: Path):
+    metadata = {**GOOD, "architecture": "baseline_resnet26", "options": {"layers": [10**9, 1, 1, 1]}}
+    _with_metadata(tmp_path / "model.safetensors", json.dumps(metadata))
+    assert "layers are more than the" in _refusal(load_model, tmp_path / "model.safetensors")
 
 
 def _publish(model: nn.Module, folder: Path) -> None:

@@ -18,6 +18,8 @@ import san
 from plain_san import plain_san, randomised
 from san.errors import UserError
 from san.models import SAN
+from san.ops import use_backend
+from san.ops.dispatch import forced_backend
 from san.weights import NETWORKS
 
 NAMES = san.list_models()
@@ -227,6 +229,23 @@ def test_gradient_checkpointing_changes_nothing_but_memory(name: str, options: d
     assert not recomputed.grad_checkpointing
 
 
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("name", ["san4_pairwise", "san4_patchwise"])
+def test_gradient_checkpointing_recomputes_on_the_backend_of_the_forward(name: str, backend: str):
+    kept = san.create_model(name, 5).double()
+    recomputed = copy.deepcopy(kept)
+    recomputed.set_grad_checkpointing()
+    for model in (kept, recomputed):
+        with use_backend(backend):
+            loss = model(_images(2, 3, 32, 32).double()).square().sum()
+        other = "reference" if backend == "tiled" else "tiled"
+        with use_backend(other):
+            loss.backward()
+            assert forced_backend() == other
+    for (key, one), two in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=1e-12, msg=key)
+
+
 def test_drop_path_grows_over_the_blocks_and_only_trains():
     model = san.create_model("san4_patchwise", 5, blocks=(2, 2, 1), drop_path_rate=0.4)
     plain = san.create_model("san4_patchwise", 5, blocks=(2, 2, 1))
@@ -401,6 +420,10 @@ def test_created_under_another_default_device_and_dtype():
         ("san4_pairwise", {"value_reduction": 65}, "value_reduction is 65"),
         ("san4_pairwise", {"transformations": "query=key=value"}, "make relation_reduction = value_reduction"),
         ("san4_pairwise", {"widths": None, "blocks": 3}, "cannot be built"),
+        ("san4_pairwise", {"global_pool": ["avg"]}, "cannot be built"),
+        ("san4_pairwise", {"drop_rate": "x"}, "drop_rate is 'x', but it must be a number from 0 to 1"),
+        ("baseline_resnet26", {"drop_path_rate": -0.1}, "drop_path_rate is -0.1, but it must be"),
+        ("baseline_resnet26", {"block_reduce_first": 0}, "cannot be built"),
         ("baseline_resnet26", {"output_stride": 7}, "baseline_resnet26 cannot be built with"),
         ("baseline_resnet26", {"small_images": True, "stem_type": "deep"}, "plain stem only"),
     ],

@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import push_to_hf_hub
 from torch import nn
 
 from san.errors import UserError
-from san.models import build_model, create_model, load_weights
-from san.weights import FORMAT_VERSION, PREPROCESSING, identify, read_weights
+from san.models import build_model, check_weights, create_model, load_weights, outline
+from san.weights import FORMAT_VERSION, PREPROCESSING, identify, is_sound, read_weights
 
 __all__ = ["convert", "hub_form", "load_model", "push_to_hub", "save_model"]
 
@@ -29,18 +31,23 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model made by `create_model`, with its preprocessing and class names, to a .safetensors file.
 
     The preprocessing and `label_names` are those in `model.pretrained_cfg`. Parameters keep their dtype. Raises
-    `UserError` for a foreign model, class names that do not fit, another suffix, or a place that cannot be written.
+    `UserError` for a foreign model, class names or preprocessing that do not fit, another suffix, or a place that
+    cannot be written.
     """
     path = _target(path)
-    metadata = json.dumps(_describe(model))
+    metadata = _describe(model)
     unfinished = path.with_name(path.name + ".part")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"format": "pt", "san": metadata})
+        save_file(tensors, unfinished, {"format": "pt", "san": json.dumps(metadata)})
         os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        # What made the writing fail may make this fail too, and is the one to report.
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -57,9 +64,11 @@ def load_model(path: str | Path) -> nn.Module:
     else:
         name, classes, options = (weights.metadata[key] for key in ("architecture", "num_classes", "options"))
     try:
-        model = build_model(name, classes, options)
+        planned = outline(name, classes, options, weights)
     except UserError as error:
         raise UserError(f"{weights.source} holds a network that cannot be built: {error}") from error
+    check_weights(planned, weights)
+    model = build_model(name, classes, options)
     load_weights(model, weights)
     return model.eval()
 
@@ -116,7 +125,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         json.dumps(described.options)
     except TypeError as error:
         raise UserError(f"an option of the model is not a plain value, so no file can hold it: {error}") from error
-    return {
+    metadata = {
         "format_version": FORMAT_VERSION,
         "architecture": described.architecture,
         "options": described.options,
@@ -124,3 +133,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         "preprocessing": {key: described.pretrained_cfg.get(key) for key in PREPROCESSING},
         "label_names": None if names is None else list(names),
     }
+    if not is_sound(metadata):
+        raise UserError(
+            "the model's pretrained_cfg is not what files hold: label_names must be strings, and "
+            f"{', '.join(PREPROCESSING)} as in timm's data config"
+        )
+    return metadata

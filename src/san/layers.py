@@ -105,7 +105,8 @@ class PairwiseAttention(_Attention):
     out_channels. `border`: reflect, zeros.
 
     Parts of γ, `conv_w`, may be hooked, parametrised or replaced; γ then runs as a module, on the reference backend.
-    Of the position, `conv_p`, only weight and bias are used. Departures from the paper: see `san.ops`.
+    Else its parts are not called, only their tensors used, so PyTorch's global module hooks do not see them. Of the
+    position, `conv_p`, only weight and bias are used. Departures from the paper: see `san.ops`.
     Raises `UserError` for options that do not fit, and for an input that is not [B, in_channels, H, W].
     """
 
@@ -314,10 +315,15 @@ def _is_plain(parts: nn.Sequential) -> bool:
         type(parts) is nn.Sequential
         and len(parts) % 3 == 0
         and all(type(part) in _LAYER[place % 3] for place, part in enumerate(parts))
-        and all(part.kernel_size == (1, 1) and part.groups == 1 for part in parts[2::3])
+        and all(map(_is_pointwise, parts[2::3]))
         and not any(map(_is_heard, parts.modules()))
     )
 
 
+def _is_pointwise(part: Any) -> bool:
+    return (part.kernel_size, part.stride, part.padding, part.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
 def _is_heard(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(part)

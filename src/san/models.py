@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from san.errors import UserError
 from san.layers import ATTENTIONS, SelfAttentionBlock
+from san.ops.dispatch import forced_backend, use_backend
 from san.weights import NETWORKS, PREPROCESSING, Weights, read_weights
 
-__all__ = ["SAN", "build_model", "create_model", "list_models", "load_weights"]
+__all__ = ["SAN", "build_model", "check_weights", "create_model", "list_models", "load_weights", "outline"]
 
 _STEM_WIDTH = 64
 
@@ -64,7 +65,8 @@ class SAN(nn.Module):
         **attention_options: Any,
     ) -> None:
         super().__init__()
-        self.pools = [not small_images or stage >= 2 for stage in range(len(blocks))] if pools is None else list(pools)
+        usual = [not small_images or stage >= 2 for stage in range(len(blocks))]
+        self.pools = [bool(pool) for pool in (usual if pools is None else pools)]
         _check_stages(blocks, widths, kernels, self.pools)
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
@@ -217,19 +219,23 @@ def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _averages_at_rest(block)
+    return nullcontext(), _recomputing(block, forced_backend())
 
 
 @contextmanager
-def _averages_at_rest(block: nn.Module) -> Generator[None]:
-    """Inside, BatchNorm's running averages stay as they are: recomputing must not move them a second time."""
+def _recomputing(block: nn.Module, backend: str) -> Generator[None]:
+    """Inside, `backend` is forced, and BatchNorm's running averages stay as they are.
+
+    Another backend would keep other tensors than the forward's did, and recomputing must not move averages again.
+    """
     norms: list[Any] = [part for part in block.modules() if getattr(part, "running_mean", None) is not None]
     before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     # Without averages BatchNorm would keep other tensors than in the forward, which checkpointing refuses.
     for norm in norms:
         norm.momentum = 0.0
     try:
-        yield
+        with use_backend(backend):
+            yield
     finally:
         for norm, momentum, count in before:
             norm.momentum = momentum
@@ -351,7 +357,10 @@ def create_model(name: str, num_classes: int = 1000, checkpoint: str | Path | No
     if name.startswith(_HUBS):
         model = _from_hub(name, num_classes, options)
     else:
-        model = build_model(name, num_classes, {**_stored_options(name, weights), **options})
+        options = {**_stored_options(name, weights), **options}
+        if weights is not None:
+            check_weights(outline(name, num_classes, options, weights), weights)
+        model = build_model(name, num_classes, options)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -370,19 +379,38 @@ def build_model(name: str, num_classes: int, options: dict[str, Any]) -> nn.Modu
     unknown = [option for option in options if option not in known]
     if unknown:
         raise UserError(f"{name} has no option {unknown[0]!r}; choose among: {', '.join(known)}")
+    _check_rates(options)
     try:
         return timm.create_model(name, num_classes=num_classes, **options)
     except UserError:
         raise
-    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{name} cannot be built with {options}: {' '.join(str(error).split())}") from error
 
 
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Load a checkpoint into a model of the same shape, with the preprocessing and class names that it carries.
+def _check_rates(options: dict[str, Any]) -> None:
+    for option, rate in options.items():
+        if option.endswith("_rate") and not (isinstance(rate, int | float) and 0 <= rate <= 1):
+            raise UserError(f"{option} is {rate!r}, but it must be a number from 0 to 1")
 
-    Raises `UserError` that says what differs.
+
+def outline(name: str, num_classes: int, options: dict[str, Any], weights: Weights) -> nn.Module:
+    """`build_model` without memory for tensors, so that numbers from a file cost nothing until `check_weights` passes.
+
+    Raises `UserError` as `build_model`, and for more stages and blocks than there are tensors in `weights`.
     """
+    for option in ("blocks", "layers"):
+        counts = options.get(option, ())
+        # Other values than these `build_model` refuses.
+        plain = isinstance(counts, list | tuple) and all(isinstance(count, int) for count in counts)
+        if plain and sum(1 + abs(count) for count in counts) > len(weights.tensors):
+            raise UserError(f"{option} are more than the {len(weights.tensors)} tensors of {weights.source} can fill")
+    with torch.device("meta"):
+        return build_model(name, num_classes, options)
+
+
+def check_weights(model: nn.Module, weights: Weights) -> None:
+    """Compare names and shapes of a checkpoint's tensors with a model's; raise `UserError` that says what differs."""
     found, expected = weights.tensors, model.state_dict()
     missing = [key for key in expected if key not in found]
     foreign = [key for key in found if key not in expected]
@@ -396,7 +424,15 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
                 f"{weights.source} does not fit: {key} is {list(found[key].shape)} there and {list(tensor.shape)} "
                 f"in the network; {advice}"
             )
-    model.load_state_dict(found)
+
+
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Load a checkpoint into a model of the same shape, with the preprocessing and class names that it carries.
+
+    Raises `UserError` that says what differs.
+    """
+    check_weights(model, weights)
+    model.load_state_dict(weights.tensors)
     metadata = weights.metadata or {"preprocessing": {}, "label_names": None}
     stored = {key: metadata["preprocessing"].get(key) for key in PREPROCESSING}
     known = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if value}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.serialization import safe_globals
 
 from san.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "NETWORKS", "PREPROCESSING", "Weights", "identify", "read_weights"]
+__all__ = ["FORMAT_VERSION", "NETWORKS", "PREPROCESSING", "Weights", "identify", "is_sound", "read_weights"]
 
 FORMAT_VERSION = 1
 # Blocks, width and kernel size of every stage (paper §4.2, table 1); san4 is ours, for images of about 28 pixels.
@@ -66,24 +67,38 @@ def _read_safetensors(file: Path) -> Weights:
             stored = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file: {error}") from error
+    odd = [key for key, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise UserError(f"{file} holds {odd[0]} as {tensors[odd[0]].dtype}, but weights must be real numbers")
     return Weights(tensors, file, _metadata(stored["san"], file) if "san" in stored else None)
 
 
-PREPROCESSING = {
-    "input_size": list,
-    "mean": list,
-    "std": list,
-    "interpolation": str,
-    "crop_pct": int | float,
-    "crop_mode": str,
+def _is_number(value: Any, low: float, high: float = 1e9) -> bool:
+    """Whether `value` is a number with low < value ≤ high; not NaN, and not a truth value."""
+    return type(value) in (int, float) and low < value <= high
+
+
+def _are_numbers(values: Any, low: float = -1e9) -> bool:
+    return isinstance(values, list | tuple) and len(values) > 0 and all(_is_number(each, low) for each in values)
+
+
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+# What travels with a model, as in timm's data config, and how to tell that a value makes sense.
+PREPROCESSING: dict[str, Callable[[Any], bool]] = {
+    "input_size": lambda size: _are_numbers(size, low=0) and [type(each) for each in size] == [int] * 3,
+    "mean": _are_numbers,
+    "std": lambda std: _are_numbers(std, low=0),
+    "interpolation": lambda name: name in _INTERPOLATIONS,
+    "crop_pct": lambda share: _is_number(share, low=0, high=1),
+    "crop_mode": lambda name: name in ("center", "squash", "border"),
 }
-_METADATA = {
-    "format_version": int,
-    "architecture": str,
-    "options": dict,
-    "num_classes": int,
-    "preprocessing": dict,
-    "label_names": list | None,
+_METADATA: dict[str, Callable[[Any], bool]] = {
+    "format_version": lambda version: version == FORMAT_VERSION,
+    "architecture": lambda name: isinstance(name, str),
+    "options": lambda options: isinstance(options, dict),
+    "num_classes": lambda number: type(number) is int and number >= 0,
+    "preprocessing": lambda found: isinstance(found, dict),
+    "label_names": lambda names: names is None or isinstance(names, list),
 }
 
 
@@ -93,7 +108,7 @@ def _metadata(text: str, file: Path) -> dict[str, Any]:
         version = metadata["format_version"]
         # A newer format may have other fields, so its version is judged before them.
         newer = isinstance(version, int) and version > FORMAT_VERSION
-        sound = newer or _is_sound(metadata)
+        sound = newer or is_sound(metadata)
     except (ValueError, LookupError, TypeError, RecursionError):
         sound = newer = False
     if not sound:
@@ -107,12 +122,17 @@ def _metadata(text: str, file: Path) -> dict[str, Any]:
     return metadata
 
 
-def _is_sound(metadata: dict[str, Any]) -> bool:
-    if not all(isinstance(metadata[key], kind) for key, kind in _METADATA.items()):
+def is_sound(metadata: dict[str, Any]) -> bool:
+    """Whether every field is of its kind and in its range; what is left of the preprocessing may be None or missing.
+
+    Raises `LookupError` if another field is missing.
+    """
+    if not all(makes_sense(metadata[key]) for key, makes_sense in _METADATA.items()):
         return False
     names, preprocessing = metadata["label_names"], metadata["preprocessing"]
-    kinds = all(isinstance(preprocessing.get(key), kind | None) for key, kind in PREPROCESSING.items())
-    return kinds and (names is None or len(names) == metadata["num_classes"])
+    return all(
+        preprocessing.get(key) is None or makes_sense(preprocessing[key]) for key, makes_sense in PREPROCESSING.items()
+    ) and (names is None or (len(names) == metadata["num_classes"] and all(isinstance(name, str) for name in names)))
 
 
 class _Ignored:
@@ -147,8 +167,18 @@ def _read_published(file: Path) -> Weights:
     return Weights({str(key).removeprefix("module."): value for key, value in state.items()}, file)
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+    """Whether a value is a dense tensor of real numbers that are all there: a view may repeat one of them for ever."""
+    return (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type, value.is_nested) == (torch.strided, "cpu", False)
+        and value.dtype in _FLOATS + _INTEGERS
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def identify(weights: Weights) -> tuple[str, int, dict[str, Any]]:

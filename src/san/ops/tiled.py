@@ -97,7 +97,7 @@ class _OutputPass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _pulled_back(ctx, lambda tile, result: tile.take(gradients[0], "output").flatten(2))
+        return _pulled_back(ctx, ctx.saved_tensors, lambda tile, result: tile.take(gradients[0], "output").flatten(2))
 
 
 class _MomentsPass(torch.autograd.Function):
@@ -117,9 +117,10 @@ class _MomentsPass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # The mean's derivative is 1/n; the deviation's is 2(x − mean), which the mean's own motion leaves alone.
-        mean = ctx.saved_tensors[-1]
+        # Asked for once: activation checkpointing hands out saved tensors only once.
+        *tensors, mean = ctx.saved_tensors
         scale, shift = 2 * gradients[1], gradients[0] / ctx.count - 2 * gradients[1] * mean
-        return _pulled_back(ctx, lambda tile, result: scale_and_shift(result, scale, shift))
+        return _pulled_back(ctx, tensors, lambda tile, result: scale_and_shift(result, scale, shift))
 
 
 def _merged(first: Moments, second: Moments) -> Moments:
@@ -133,9 +134,10 @@ def _remember(
     ctx.save_for_backward(*tensors)
 
 
-def _pulled_back(ctx: Any, gradient_of: Callable[[_Tile, Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+def _pulled_back(
+    ctx: Any, tensors: Sequence[Tensor], gradient_of: Callable[[_Tile, Tensor], Tensor]
+) -> tuple[Tensor | None, ...]:
     """Gradients of a pass, tile by tile: recompute a result, ask for its gradient, add what parts derive from it."""
-    tensors = ctx.saved_tensors[: len(ctx.rows)]
     wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
     totals = {index: torch.zeros_like(tensors[index]) for index in wanted}
     for tile in ctx.tiles:
