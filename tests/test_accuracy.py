@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch import nn
 
 import san
-from san.data import ImageFiles
+from san.data import ImageFiles, load_dataset
 from san.errors import UserError
 from san.evaluation.accuracy import evaluate
 from san.evaluation.prediction import predict
@@ -100,14 +102,40 @@ def test_classes_are_matched_by_name(grey):
     assert [row["class"] for row in accuracy.per_class()] == ["black", "grey"]
 
 
+def test_imagenet_classes_are_matched_by_wordnet_id(tmp_path):
+    """A model of 1000 classes without names knows ImageNet's, in ImageNet's order; the folders may be some of them."""
+    ids = ImageNetInfo().label_names()
+    for number in (2, 6, 5):
+        (tmp_path / "val" / ids[number]).mkdir(parents=True)
+        Image.new("RGB", (10, 9), (number * STEP,) * 3).save(tmp_path / "val" / ids[number] / "0.png")
+    data = load_dataset(str(tmp_path))
+    accuracy = evaluate(GreyLevel(1000), data.split("test"), data.class_names)
+    assert accuracy.top1 == 100.0
+    assert [row["class"] for row in accuracy.per_class()] == [ids[2], ids[5], ids[6]]
+    with pytest.raises(UserError, match="tells 7 classes apart, the images have 3"):
+        evaluate(GreyLevel(7), data.split("test"), data.class_names)
+    with pytest.raises(UserError, match=r"the images have 2: .* WordNet ids such as n01440764"):
+        evaluate(GreyLevel(1000), data.split("test"), [ids[0], "cat"])
+
+
+def test_other_thousands_are_matched_by_order(grey):
+    names = [f"kind{number}" for number in range(1000)]
+    accuracy = evaluate(GreyLevel(1000), ImageFiles(grey(2), labels=[2]), names)
+    assert accuracy.per_class()[0]["class"] == "2"
+    assert accuracy.top1 == 100.0
+
+
 def test_broken_images_are_named_and_left_out(grey, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not an image")
-    images = ImageFiles([*grey(0, 1), str(broken)], labels=[0, 1, 1])
-    accuracy = evaluate(GreyLevel(), images, NAMES, max_broken=0.5)
-    assert accuracy.images == 2
-    assert accuracy.broken == [str(broken)]
-    with pytest.raises(UserError, match=r"1 of 3 images cannot be read \(.*broken\.png"):
+    """One may be broken in any set, more of them only up to the share that is allowed."""
+    broken = [str(tmp_path / f"broken{number}.png") for number in range(2)]
+    for path in broken:
+        Path(path).write_bytes(b"not an image")
+    good = grey(0, 1)
+    one = evaluate(GreyLevel(), ImageFiles([*good, broken[0]], labels=[0, 1, 1]), NAMES)
+    assert (one.images, one.broken) == (2, broken[:1])
+    images = ImageFiles([*good, *broken], labels=[0, 1, 1, 1])
+    assert evaluate(GreyLevel(), images, NAMES, max_broken=0.5).broken == broken
+    with pytest.raises(UserError, match=r"2 of 4 images cannot be read \(.*broken0\.png"):
         evaluate(GreyLevel(), images, NAMES)
 
 
@@ -147,16 +175,27 @@ def test_probabilities_are_those_of_all_classes(grey):
     assert prediction.probabilities == sorted(prediction.probabilities, reverse=True)
 
 
+def test_a_thousand_classes_are_called_by_imagenet_s_words(grey):
+    (prediction,) = predict(GreyLevel(1000), grey(0), top=1)
+    assert prediction.classes == ["tench, Tinca tinca"]
+    own = [f"kind{number}" for number in range(1000)]
+    (prediction,) = predict(GreyLevel(1000, label_names=own), grey(0), top=1)
+    assert prediction.classes == ["kind0"]
+
+
 def test_broken_images_are_skipped(grey, tmp_path):
     good = grey(1, 2)
     (tmp_path / "half.png").write_bytes((tmp_path / "0-1.png").read_bytes()[:40])
-    paths = [good[0], str(tmp_path / "half.png"), str(tmp_path / "missing.png"), good[1]]
-    first, half, missing, last = predict(GreyLevel(), paths)
+    (tmp_path / "text.png").write_bytes(b"no image")
+    bad = [str(tmp_path / name) for name in ("half.png", "text.png", "missing.png")]
+    first, half, text, missing, folder, last = predict(GreyLevel(), [good[0], *bad, str(tmp_path), good[1]])
     assert first.error is None
     assert last.classes[0] == "2"
     assert not half.classes
-    assert "half.png" in half.error
-    assert "missing.png" in missing.error
+    assert half.error.startswith(f"{bad[0]} is not a readable image")
+    assert text.error == f"{bad[1]} is not a readable image"
+    assert missing.error == f"{bad[2]} does not exist"
+    assert folder.error == f"{tmp_path} is a folder, not an image"
 
 
 def test_only_a_batch_is_read_ahead(grey):

@@ -103,9 +103,22 @@ def test_evaluate_prints_a_table(run, checkpoint, photos):
     code, out, err = run("evaluate", checkpoint, "--data", photos)
     assert (code, err) == (0, "")
     header, *classes, total = out.splitlines()
-    assert header.split() == ["class", "images", "top1", "top5", "confused_with"]
+    assert header.split() == ["class", "images", "top1", "confused_with"]
     assert [line.split()[:2] for line in classes] == [["cat", "3"], ["dog", "3"]]
-    assert total.endswith("top-5 100.00 % of 6 images")
+    assert total.startswith("top-1 ")
+    assert total.endswith(" % of 6 images")
+    assert "top-5" not in total
+
+
+def test_evaluate_shows_top5_where_it_can_fail(run, photos, tmp_path):
+    model = san.create_model("san4_patchwise", num_classes=6)
+    model.pretrained_cfg["label_names"] = ["ant", "bee", "cat", "dog", "eel", "fox"]
+    save_model(model, tmp_path / "six.safetensors")
+    code, out, _ = run("evaluate", tmp_path / "six.safetensors", "--data", photos)
+    header, *_, total = out.splitlines()
+    assert code == 0
+    assert header.split() == ["class", "images", "top1", "top5", "confused_with"]
+    assert ", top-5 " in total
 
 
 def test_evaluate_prints_json(run, checkpoint, photos):
@@ -153,6 +166,16 @@ def test_predict_reads_a_list(run, checkpoint, photos, monkeypatch):
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
 
 
+def test_predict_skips_folders_in_a_list(run, checkpoint, photos, monkeypatch):
+    """As `find DIR` lists them."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/val\n{photos}/val/cat/0.png\n"))
+    code, out, err = run("predict", checkpoint, "-", "--json")
+    sentence = f"{photos}/val is a folder, not an image"
+    assert code == 2
+    assert [json.loads(line)["error"] for line in out.splitlines()] == [sentence, None]
+    assert err.splitlines()[0] == f"san: {sentence}; skipped"
+
+
 def test_predict_skips_broken_images_and_says_so(run, checkpoint, photos, tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"nothing")
     words = ("predict", checkpoint, tmp_path / "bad.jpg", f"{photos}/val/cat/0.png")
@@ -160,7 +183,7 @@ def test_predict_skips_broken_images_and_says_so(run, checkpoint, photos, tmp_pa
     assert code == 2
     assert out.startswith(f"{photos}/val/cat/0.png\t")
     skipped, sentence = err.splitlines()
-    assert skipped.startswith(f"san: skipped {tmp_path}/bad.jpg: ")
+    assert skipped == f"san: {tmp_path}/bad.jpg is not a readable image; skipped"
     assert sentence == "san: error: 1 of 2 images could not be read and were skipped; they are named above"
     code, out, _ = run(*words, "--json")
     assert [json.loads(line)["error"] is None for line in out.splitlines()] == [False, True]
@@ -175,10 +198,12 @@ def test_complexity_of_the_nine(run):
 
 def test_complexity_of_names_and_checkpoints(run, checkpoint):
     code, out, _ = run("complexity", checkpoint, "san10_patchwise", "resnet18", "--input-size", 64)
-    header, *rows = out.splitlines()
+    header, *rows, assumptions = out.splitlines()
     assert code == 0
     assert header.startswith("model")
     assert [row.split()[0] for row in rows] == ["san4_patchwise", "san10_patchwise", "resnet18"]
+    assert [row.split()[1] for row in rows] == ["0.123", "11.8", "11.7"]
+    assert assumptions.startswith("one image of 64×64 pixels, 1000 classes")
 
 
 def test_convert_a_published_checkpoint(run, tmp_path):
@@ -186,7 +211,7 @@ def test_convert_a_published_checkpoint(run, tmp_path):
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 100, "top1_val": 77.1}, tmp_path / "published.pth")
     target = tmp_path / "ours.safetensors"
-    assert run("convert", tmp_path / "published.pth", target) == (0, f"{target}: san10_patchwise\n", "")
+    assert run("convert", tmp_path / "published.pth", target) == (0, f"wrote {target} (san10_patchwise)\n", "")
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(load_model(target)(image), model(image))

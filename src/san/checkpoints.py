@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import push_to_hf_hub
 from torch import nn
 
@@ -40,7 +40,8 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, {"format": "pt", "san": json.dumps(metadata)})
+        # Not save_file, which makes files that only their owner can read.
+        unfinished.write_bytes(save(tensors, {"format": "pt", "san": json.dumps(metadata)}))
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error

@@ -36,7 +36,11 @@ def evaluate(
     """Tell how often a trained network is right on labelled images.
 
     Prints top-1 and top-5 accuracy, both for every class, and what a class is most often taken for; with --json also
-    the confusion matrix, a row for each true class. Images that cannot be read are named and left out.
+    the confusion matrix, a row for each true class. With five classes or fewer top-5 is always 100 %, so only JSON
+    has it. Images that cannot be read are named and left out.
+
+    Classes are matched by name. A model of 1000 classes without names is taken for one of ImageNet where all folders
+    of the data are named by ImageNet's WordNet ids, such as n01440764; they may be some of the 1000.
 
     Args:
         checkpoint: A run folder, a .safetensors file or a published .pth.
@@ -68,8 +72,11 @@ def evaluate(
         return
     for name in accuracy.broken:
         print(f"not readable: {name}")
-    print(_table(accuracy.per_class()))
-    print(f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images} images")
+    has_top5 = len(accuracy.class_names) > 5
+    rows = [{key: value for key, value in row.items() if has_top5 or key != "top5"} for row in accuracy.per_class()]
+    top5 = f", top-5 {accuracy.top5:.2f} %" if has_top5 else ""
+    print(_table(rows))
+    print(f"top-1 {accuracy.top1:.2f} %{top5} of {accuracy.images} images")
 
 
 def predict(
@@ -79,7 +86,7 @@ def predict(
 
     Prints a line for each image: its path, then classes and probabilities, best first; with --json an object a line.
     A file that is no image is reported on standard error and skipped; the others are still judged, and the exit code
-    is 2 then.
+    is 2 then. The classes of a model of 1000 classes without names are called by ImageNet's words.
 
     Args:
         checkpoint: A run folder, a .safetensors file or a published .pth.
@@ -101,7 +108,7 @@ def predict(
         judged += 1
         broken += prediction.error is not None
         if prediction.error is not None:
-            print(f"san: skipped {prediction.error}", file=sys.stderr)
+            print(f"san: {prediction.error}; skipped", file=sys.stderr)
         if json:
             print(jsonlib.dumps(asdict(prediction), ensure_ascii=False), flush=True)
         elif prediction.error is None:
@@ -115,7 +122,7 @@ def complexity(*networks: str, input_size: int | None = None, json: bool = False
     """Count parameters and multiply-adds of networks, for one image.
 
     "paper" is the count behind the tables of the SAN paper, which adds to the multiply-adds what biases, relations,
-    BatchNorm, ReLU and pooling cost.
+    BatchNorm, ReLU and pooling cost. A network named here has 1000 classes, one from a checkpoint its own.
 
     Args:
         networks: Names, or checkpoints (run folder, .safetensors, published .pth); default the paper's nine networks.
@@ -133,13 +140,18 @@ def complexity(*networks: str, input_size: int | None = None, json: bool = False
     table = [
         {
             "model": row["model"],
-            "params (M)": f"{row['params'] / 1e6:.1f}",
+            "params (M)": _millions(row["params"]),
             "paper (G)": _billions(row["paper_cost"]),
             "multiply-adds (G)": _billions(row["macs"]),
         }
         for row in rows
     ]
     print(_table(table))
+    pixels = f"{input_size}×{input_size} pixels" if input_size else "the network's own size (the paper's: 224×224)"
+    print(
+        f"one image of {pixels}, 1000 classes (checkpoints: their own); millions of parameters, "
+        "billions of operations as the paper counts them, of which multiply-adds"
+    )
 
 
 def convert(source: str, target: str) -> None:
@@ -153,7 +165,7 @@ def convert(source: str, target: str) -> None:
     """
     from san.checkpoints import convert
 
-    print(f"{target}: {convert(source, target)}")
+    print(f"wrote {target} ({convert(source, target)})")
 
 
 def _device(name: str | None) -> Any:
@@ -214,6 +226,10 @@ def _aligned(column: Sequence[str]) -> list[str]:
     width = max(map(len, column))
     is_number = all(cell[:1].isdigit() for cell in column[1:])
     return [cell.rjust(width) if is_number else cell.ljust(width) for cell in column]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}" if count >= 1e7 else f"{count / 1e6:.3f}"
 
 
 def _billions(count: int) -> str:

@@ -42,8 +42,7 @@ def align_labels(class_names: Sequence[str], label_names: Sequence[str]) -> np.n
 def stratified_split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices (rest, part), ascending; `part` is a random `share` of all images, and of each class alike.
 
-    Images are ranked by how far through its shuffled class each one stands, and the first ones are taken: so
-        the
+    Images are ranked by how far through its shuffled class each one stands, and the first ones are taken: so the
     total is exact, and the last image of a class goes only when nothing else is left.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))

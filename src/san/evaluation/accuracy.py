@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from san.data import Batch, BrokenImages, ImageSet, align_labels, make_loader
+from san.data import Batch, BrokenImages, ImageSet, make_loader
 from san.errors import UserError
+from san.evaluation.classes import match_classes
 
-__all__ = ["Accuracy", "class_names", "eval_mode", "evaluate"]
+__all__ = ["Accuracy", "eval_mode", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Accuracy:
 
     @property
     def top5(self) -> float:
-        """Images whose class was among the five likeliest, in percent."""
+        """Images whose class was among the five likeliest, in percent; always 100 with five classes or fewer."""
         return _percent(self.in_top5.sum(), self.images)
 
     def per_class(self) -> list[dict[str, Any]]:
@@ -97,7 +98,7 @@ def evaluate(
     Args:
         model: As `san.create_model` or `san.checkpoints.load_model` give it.
         images: Labelled images.
-        names: Names of the images' classes, by which they are matched with the model's where it has names.
+        names: Names of the images' classes, by which `match_classes` finds them among the model's.
         batch_size: Images at a time.
         workers: Processes that read ahead; 0 reads in this one.
         max_broken: Share of the images that may be unreadable.
@@ -106,9 +107,9 @@ def evaluate(
     Raises:
         UserError: The classes do not match, the images have no labels, or too many of them cannot be read.
     """
-    numbers = _class_numbers(model, names)
-    confusion = np.zeros((_classes(model), _classes(model)), dtype=np.int64)
-    in_top5 = np.zeros(_classes(model), dtype=np.int64)
+    numbers, known = match_classes(model, names)
+    confusion = np.zeros((len(known), len(known)), dtype=np.int64)
+    in_top5 = np.zeros(len(known), dtype=np.int64)
     broken = BrokenImages(images)
     batches = make_loader(
         images, resolve_model_data_config(model), batch_size=batch_size, training=False, workers=workers
@@ -122,32 +123,7 @@ def evaluate(
     broken.check(max_broken)
     if not confusion.any():
         raise UserError("there is not a single image to judge")
-    return Accuracy(class_names(model), confusion, in_top5, broken.names)
-
-
-def class_names(model: nn.Module) -> list[str]:
-    """The names of a model's classes; their numbers where it has none."""
-    return list(_config(model).get("label_names") or map(str, range(_classes(model))))
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    return cast("dict[str, Any]", model.pretrained_cfg)
-
-
-def _classes(model: nn.Module) -> int:
-    return cast("int", model.num_classes)
-
-
-def _class_numbers(model: nn.Module, names: Sequence[str]) -> np.ndarray:
-    """The model's class number of every class of the images."""
-    if _config(model).get("label_names"):
-        return align_labels(names, _config(model)["label_names"])
-    if len(names) != _classes(model):
-        raise UserError(
-            f"the model tells {_classes(model)} classes apart, the images have {len(names)}: "
-            "evaluate on images of the classes it was trained on"
-        )
-    return np.arange(len(names))
+    return Accuracy(known, confusion, in_top5, broken.names)
 
 
 def _rank(model: nn.Module, batch: Batch, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import UnidentifiedImageError
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from san.data import BrokenImage, ImageFiles, transform
 from san.errors import UserError
-from san.evaluation.accuracy import class_names, eval_mode
+from san.evaluation.accuracy import eval_mode
+from san.evaluation.classes import class_words
 
 __all__ = ["Prediction", "predict"]
 
@@ -28,7 +30,7 @@ class Prediction:
         image: The image's path.
         classes: Names of the likeliest classes, best first; empty for a broken image.
         probabilities: Of these classes, in [0, 1].
-        error: Why the image could not be read, else None.
+        error: A sentence that says why the image could not be read, else None.
     """
 
     image: str
@@ -56,17 +58,28 @@ def predict(
     """
     if min(top, batch_size) < 1:
         raise UserError(f"top and batch size must be at least 1, not {top} and {batch_size}")
-    prepare, names, paths = transform(resolve_model_data_config(model), training=False), class_names(model), iter(paths)
+    prepare, names, paths = transform(resolve_model_data_config(model), training=False), class_words(model), iter(paths)
 
     def read(path: str | Path) -> Tensor | str:
         try:
             return prepare(ImageFiles([path]).load(0))
         except BrokenImage as problem:
-            return str(problem)
+            return _sentence(path, problem.__cause__)
 
     with ThreadPoolExecutor(threads) as pool, eval_mode(model):
         while chunk := list(islice(paths, batch_size)):
             yield from _judge(model, chunk, list(pool.map(read, chunk)), names, top)
+
+
+def _sentence(path: str | Path, cause: Any) -> str:
+    """Why a path gave no image, without the error numbers of the system."""
+    if Path(path).is_dir():
+        return f"{path} is a folder, not an image"
+    if isinstance(cause, FileNotFoundError):
+        return f"{path} does not exist"
+    if isinstance(cause, UnidentifiedImageError):
+        return f"{path} is not a readable image"
+    return f"{path} is not a readable image: {getattr(cause, 'strerror', None) or cause}"
 
 
 def _judge(

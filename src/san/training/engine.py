@@ -36,18 +36,18 @@ def run(settings: SimpleNamespace, function: Callable[..., Any]) -> Path:
     """Do what `san.training.train`, the `function`, was called for; exits with code 130 when asked to stop."""
     hush()
     first = getattr(rank_zero_only, "rank", 0) == 0
-    resumed = settings.resume is not None
-    settings = continued(settings, function) if resumed else started(settings)
+    settings = started(settings) if settings.resume is None else continued(settings, function)
     folder = RunFolder(settings.out)
     console = Console(speaks=first)
-    if first and not resumed:
-        folder.check_free()
-    if resumed and folder.finished:
+    if settings.resume is None:
+        if first:
+            folder.check_free()
+    elif folder.finished:
         console.say(f"{folder.path} is finished already; its report is {folder.report}")
         return folder.path
     try:
         with StopRequest() as stop:
-            _run(settings, folder, console, stop, resumed, first)
+            _run(settings, folder, console, stop, first)
     except Interrupted:
         console.stop()
         if not first:
@@ -63,14 +63,8 @@ def _farewell(folder: RunFolder) -> str:
     return f"san: stopped; go on with: san train --resume {folder.path}"
 
 
-def _run(
-    settings: SimpleNamespace,
-    folder: RunFolder,
-    console: Console,
-    stop: StopRequest,
-    resumed: bool,
-    first: bool,
-) -> None:
+def _run(settings: SimpleNamespace, folder: RunFolder, console: Console, stop: StopRequest, first: bool) -> None:
+    """The run from its data to its report; only the `first` process writes files."""
     check(settings)
     dataset = _dataset(settings)
     network = _network(settings, dataset)
@@ -78,7 +72,7 @@ def _run(
     trainer = _trainer(settings, journal)
     module = Classifier(network, settings, _batches(journal, trainer))
     if first:
-        if not resumed:
+        if settings.resume is None:
             folder.create(vars(settings))
         folder.write_versions()
     console.say(_introduction(network, journal))
