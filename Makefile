@@ -8,12 +8,16 @@ SHELL := /bin/sh
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Installing again is only needed when what would be installed has changed.
-KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# Installing again is only needed when what would be installed has changed, the C++ kernels included.
+NATIVE := $(sort $(wildcard $(addprefix src/san/ops/kernels/*/,*.cpp *.h CMakeLists.txt)))
+KEY := $(shell cat pyproject.toml constraints.txt $(NATIVE) | cksum | cut -d' ' -f1)
 TRAIN := .venv/.installed-train-$(KEY)
 DEV := .venv/.installed-dev-$(KEY)
 # --compile: importing uncompiled packages takes twice as long, each time.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --compile -c constraints.txt
+
+# Those who develop want C++ that does not compile to be an error, not an installation without it.
+test test-long lint docs: export SAN_REQUIRE_NATIVE ?= 1
 
 run: $(TRAIN)
 	$(BIN)/san train $(ARGS)

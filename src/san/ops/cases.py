@@ -186,6 +186,7 @@ def _operator_cases() -> list[Case]:
 
 _GEOMETRIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("zeros", {"border": "zeros"}),
+    ("wide", {"kernel_size": 5, "height": 13, "width": 37}),
     ("k1", {"kernel_size": 1}),
     ("k5-narrow", {"kernel_size": 5, "height": 9, "width": 3}),
     ("k7-one-pixel", {"kernel_size": 7, "height": 1, "width": 1, "batch": 3}),

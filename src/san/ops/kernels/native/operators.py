@@ -1,0 +1,72 @@
+"""What the Python side of every native operator needs: addresses for the kernels, and when a call must be refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from san.ops.kernels.native import library
+from san.ops.mapping import Mapping
+
+__all__ = ["MAX_LAYERS", "address", "addresses", "call", "output_size", "refusal", "single"]
+
+# As in the kernels: more layers than the paper's longest mapping, LRLRL, has.
+MAX_LAYERS = 4
+
+
+def single(x: Tensor) -> Tensor:
+    """x as kernels read it: float32 and contiguous."""
+    return x.to(torch.float32).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """Where a contiguous tensor's data lie; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def addresses(*tensors: Tensor | None, room: int = 0) -> list[int]:
+    """Addresses of tensors, followed by zeros up to `room` of them."""
+    return [*map(address, tensors), *[0] * (room - len(tensors))]
+
+
+def call(kernel: str, *arguments: int) -> None:
+    """Run a kernel on its `Arguments`, of which the number of threads comes first and is added here."""
+    loaded = library.load()
+    if loaded is None:
+        raise RuntimeError(f"the kernel {kernel} was called without the native library")
+    loaded.call(kernel, library.threads(), *arguments)
+
+
+def output_size(map_: Tensor, geometry: list[int]) -> tuple[int, int]:
+    """Height and width of the output; `geometry` is kernel size, stride, dilation, zeros."""
+    stride = geometry[1]
+    return (map_.shape[2] + stride - 1) // stride, (map_.shape[3] + stride - 1) // stride
+
+
+@torch.compiler.assume_constant_result
+def _present() -> bool:
+    if library.load() is None:
+        library.announce_absence()
+    return library.load() is not None
+
+
+def refusal(call: Any) -> str | None:
+    """None, or why no native kernel runs a call of any operator."""
+    for x in call.tensors():
+        if x.device.type != "cpu":
+            return f"native runs on the CPU, but the tensors are on {x.device}"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"native computes in float32, but a tensor is {x.dtype}"
+    if not _present():
+        return "native is not installed here: its C++ kernels are built where `pip install` finds a compiler"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "native has a backward of its own, which torch.func and forward-mode differentiation cannot transform"
+    mapping = getattr(call, "mapping", None)
+    if not isinstance(mapping, Mapping | None):
+        return "native needs the mapping's layers to fuse them, but the mapping is an opaque callable"
+    if mapping is not None and len(mapping.layers) > MAX_LAYERS:
+        return f"native fuses at most {MAX_LAYERS} layers, but the mapping has {len(mapping.layers)}"
+    return None

@@ -1,0 +1,96 @@
+// The pool behind workspace.h: compiled once, shared by all instruction sets and threads.
+
+#include <stdint.h>
+#include <stdlib.h>
+
+extern "C" {
+
+void *san_acquire(size_t bytes);
+void san_release(void *block);
+__attribute__((visibility("default"))) int64_t san_native_bytes(void);
+__attribute__((visibility("default"))) void san_release_memory(void);
+
+}
+
+namespace {
+
+// Blocks carry their size in a cache line before them.
+struct Header {
+    size_t bytes;
+    Header *next;
+    char rest[48];
+};
+static_assert(sizeof(Header) == 64, "keeps blocks on cache lines");
+
+constexpr size_t KEPT_BYTES = size_t(256) << 20;
+Header *idle = nullptr;
+size_t idle_bytes = 0, total_bytes = 0;
+bool taken = false;
+
+struct Lock {
+    Lock() {
+        while (__atomic_test_and_set(&taken, __ATOMIC_ACQUIRE)) {
+        }
+    }
+    ~Lock() { __atomic_clear(&taken, __ATOMIC_RELEASE); }
+};
+
+// The smallest idle block that fits without wasting more than it holds.
+Header *reused(size_t bytes) {
+    Header **best = nullptr;
+    for (Header **each = &idle; *each; each = &(*each)->next)
+        if ((*each)->bytes >= bytes && (*each)->bytes <= 2 * bytes + 65536 && (!best || (*each)->bytes < (*best)->bytes))
+            best = each;
+    if (!best) return nullptr;
+    Header *block = *best;
+    *best = block->next;
+    idle_bytes -= block->bytes;
+    return block;
+}
+
+}  // namespace
+
+void *san_acquire(size_t bytes) {
+    {
+        Lock lock;
+        if (Header *block = reused(bytes)) return block + 1;
+    }
+    bytes = (bytes + 4095) / 4096 * 4096;
+    Header *block = static_cast<Header *>(aligned_alloc(64, bytes + sizeof(Header)));
+    if (!block) return nullptr;
+    block->bytes = bytes;
+    Lock lock;
+    total_bytes += bytes;
+    return block + 1;
+}
+
+void san_release(void *start) {
+    Header *block = static_cast<Header *>(start) - 1;
+    {
+        Lock lock;
+        if (idle_bytes + block->bytes <= KEPT_BYTES) {
+            block->next = idle;
+            idle = block;
+            idle_bytes += block->bytes;
+            return;
+        }
+        total_bytes -= block->bytes;
+    }
+    free(block);
+}
+
+int64_t san_native_bytes(void) {
+    Lock lock;
+    return static_cast<int64_t>(total_bytes);
+}
+
+void san_release_memory(void) {
+    Lock lock;
+    while (idle) {
+        Header *next = idle->next;
+        total_bytes -= idle->bytes;
+        free(idle);
+        idle = next;
+    }
+    idle_bytes = 0;
+}
