@@ -69,6 +69,16 @@ COMMANDS = {
         san complexity resnet50 --json                    # any network that timm knows
         """,
     ),
+    "benchmark": Command(
+        "san.cli.commands:benchmark",
+        "speed and memory of networks, as ratios to a ResNet",
+        """
+        san benchmark                                     # both SAN10 against ResNet26; minutes
+        san benchmark san4_pairwise --resolution 64 --batch 8 --rounds 5 --no-compile
+        san benchmark san10_pairwise --backend auto,reference --mode inference --out results
+        san benchmark --no-networks --operators --sweep --json
+        """,
+    ),
     "convert": Command(
         "san.cli.commands:convert",
         "a published checkpoint to a safetensors file",
