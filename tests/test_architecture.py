@@ -23,6 +23,7 @@ ROWS = [
     ["san.ops.footprint", "san.ops.relations", "san.ops.mapping", "san.ops.normalization", "san.ops.dispatch"],
     ["san.ops.kernels", "san.ops.tiled"],
     ["san.ops"],
+    ["san.fused"],
     ["san.layers"],
     ["san.weights"],
     ["san.models"],

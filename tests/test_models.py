@@ -186,7 +186,8 @@ def test_forward_intermediates(name: str):
     x = _images(2, 3, 64, 64)
     with torch.no_grad():
         last, maps = model.forward_intermediates(x)
-        _assert_equal([last, maps[-1]], [model.forward_features(x)] * 2)
+        # Equal up to rounding: where no map is asked for, a stage's end may be joined to the next one's begin.
+        torch.testing.assert_close([last, maps[-1]], [model.forward_features(x)] * 2)
         assert [found.shape[1] for found in maps] == [info["num_chs"] for info in model.feature_info]
         for indices, expected in ((2, maps[-2:]), ([0, -1], [maps[0], maps[-1]]), ((1,), maps[1:2])):
             for norm, early in itertools.product((False, True), repeat=2):

@@ -7,7 +7,7 @@ weights load as they are. Legend: B batch, C channels, R relation width, G weigh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any
 
@@ -15,8 +15,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from san import fused
 from san.errors import UserError
 from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
+from san.ops.kernels.pairwise.native import attend_folded as attend_pairs
+from san.ops.kernels.patchwise.native import attend_folded as attend_patches
+from san.ops.kernels.pointwise.native import Affine
 from san.ops.mapping import MAPPINGS, AnyMapping
 from san.ops.normalization import SynchronizedBatchNorm2d
 from san.ops.relations import POSITION_WIDTHS, find_relation
@@ -76,10 +80,23 @@ class _Attention(nn.Module):
         """φ(x), ψ(x) [B, R, H, W] and β(x) [B, out_channels, H, W]."""
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise UserError(f"the layer takes [B, {self.in_channels}, H, W], but the input is {list(x.shape)}")
-        query = self.conv1(x)
-        key = self.conv2(x) if self.transformations == "different" else query
-        value = query if self.transformations == "query=key=value" else self.conv3(x)
-        return query, key, value
+        return self.arranged([layer(x) for layer in self.transformations_of_input()])
+
+    def transformations_of_input(self) -> list[nn.Module]:
+        """The layers among conv1, conv2 and conv3 that there are."""
+        return [self.get_submodule(name) for name in ("conv1", "conv2", "conv3") if name in self._modules]
+
+    def arranged(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, from what `transformations_of_input` give."""
+        return maps[0], maps[1] if self.transformations == "different" else maps[0], maps[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
+        return self.attend(*self.transform(x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """y, from what the transformations give."""
+        raise NotImplementedError
 
     def geometry(self) -> dict[str, Any]:
         """The footprint as operators take it: kernel_size, stride, dilation, border."""
@@ -138,14 +155,26 @@ class PairwiseAttention(_Attention):
         if position != "none":
             self.conv_p = nn.Conv2d(2, 2, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
-        position = None
-        if self.position != "none":
-            position = Position(self.position, self.conv_p.weight[:, :, 0, 0], self.conv_p.bias)
-        return pairwise_attention(
-            *self.transform(x), _gamma(self.conv_w), relation=self.relation, position=position, **self.geometry()
-        )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """y, from what the transformations give."""
+        gamma, position = _gamma(self.conv_w), self._position()
+        options: dict[str, Any] = {"relation": self.relation, "position": position, **self.geometry()}
+        return pairwise_attention(query, key, value, gamma, **options)
+
+    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
+        """y by the native kernels, with γ's BatchNorms folded; no gradients."""
+        last: Any = self.conv_w[-1]
+        layers = (*gamma[1:], Affine(last.weight, last.bias))
+        return attend_pairs(query, key, value, self._position(), gamma[0], layers, self.relation, self.footprint)
+
+    def norms_to_fold(self) -> list[Any]:
+        """What `attend_folded` takes as `gamma`, before it is folded."""
+        return fused.chained_norms(self.conv_w)
+
+    def _position(self) -> Position | None:
+        if self.position == "none":
+            return None
+        return Position(self.position, self.conv_p.weight[:, :, 0, 0], self.conv_p.bias)
 
 
 class PatchwiseAttention(_Attention):
@@ -179,9 +208,21 @@ class PatchwiseAttention(_Attention):
         places, groups = self.footprint.places, _groups(out_channels, share)
         self.conv_w = _mapping(mapping, found.width(self.relation_channels, places), groups, groups * places)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
-        return patchwise_attention(*self.transform(x), _gamma(self.conv_w), relation=self.relation, **self.geometry())
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """y, from what the transformations give."""
+        return patchwise_attention(query, key, value, _gamma(self.conv_w), relation=self.relation, **self.geometry())
+
+    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
+        """y by the native kernels, with γ's BatchNorms folded; no gradients."""
+        if self.relation == "clique":
+            return self.attend(query, key, value)
+        linears: Any = self.conv_w[2::3]
+        layers = [(*norm, layer.weight, layer.bias) for norm, layer in zip(gamma, linears, strict=True)]
+        return attend_patches(query, key, value, layers, self.relation, self.footprint)
+
+    def norms_to_fold(self) -> list[Any]:
+        """What `attend_folded` takes as `gamma`, before it is folded."""
+        return fused.lone_norms(self.conv_w)
 
 
 class ScalarAttention(_Attention):
@@ -207,12 +248,21 @@ class ScalarAttention(_Attention):
             in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
-        return pairwise_attention(*self.transform(x), relation="dot", **self.geometry())
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """y, from what the transformations give."""
+        return pairwise_attention(query, key, value, relation="dot", **self.geometry())
+
+    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
+        """As `attend`, there being no γ."""
+        return self.attend(query, key, value)
+
+    def norms_to_fold(self) -> list[Any]:
+        """Nothing, there being no γ."""
+        return []
 
 
 ATTENTIONS = {"pairwise": PairwiseAttention, "patchwise": PatchwiseAttention, "scalar": ScalarAttention}
+fused.register_part(*ATTENTIONS.values(), DropPath)
 
 
 class SelfAttentionBlock(nn.Module):
@@ -253,6 +303,9 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] → [B, channels, H, W]."""
+        drops = self.training and isinstance(self.drop_path, DropPath)
+        if not drops and fused.suits(x) and x.is_contiguous() and fused.is_plain(self):
+            return fused.attention_block(self, x)
         y = self.sam(F.relu(self.bn1(x)))
         return x + self.drop_path(self.conv(F.relu(self.bn2(y))))
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from san import fused
 from san.errors import UserError
 from san.layers import ATTENTIONS, SelfAttentionBlock
 from san.ops.dispatch import forced_backend, use_backend
@@ -103,11 +104,14 @@ class SAN(nn.Module):
         if self.pools[stage]:
             x = F.max_pool2d(x, 2)
         x = self.get_submodule(f"conv{stage}")(x)
+        return F.relu(self.get_submodule(f"bn{stage}")(self._blocks(stage, x)))
+
+    def _blocks(self, stage: int, x: Tensor) -> Tensor:
         for block in self.get_submodule(f"layer{stage}").children():
             x = _recomputed(block, x) if self.grad_checkpointing else block(x)
-        return F.relu(self.get_submodule(f"bn{stage}")(x))
+        return x
 
-    def _stem(self, x: Tensor) -> Tensor:
+    def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise UserError(f"the network takes [B, {self.in_chans}, H, W], but the input is {list(x.shape)}")
         smallest = self.feature_info[-1]["reduction"]
@@ -116,10 +120,32 @@ class SAN(nn.Module):
                 f"the input is {x.shape[2]}×{x.shape[3]}, but the poolings need at least {smallest}×{smallest} pixels; "
                 "give larger images or build it with small_images=True"
             )
+
+    def _stem(self, x: Tensor) -> Tensor:
+        self._check_input(x)
         return F.relu(self.bn_in(self.conv_in(x)))
+
+    def _is_fused(self, x: Tensor) -> bool:
+        if not fused.suits(x) or not fused.takes_stem(self.conv_in, self.bn_in, x):
+            return False
+        names = [f"{kind}{stage}" for stage in range(len(self.feature_info)) for kind in ("conv", "bn")]
+        return all(fused.is_plain(self.get_submodule(name)) for name in ["conv_in", "bn_in", *names])
+
+    def _fused_features(self, x: Tensor) -> Tensor:
+        """The same as stem and stages, where a stage's end, the pooling and the next stage's begin are one product."""
+        x = fused.stem(self.conv_in, self.bn_in, self.conv0, x.contiguous(), pooled=self.pools[0])
+        for stage, pool in enumerate([*self.pools[1:], False]):
+            x = self._blocks(stage, x)
+            norm: Any = self._modules[f"bn{stage}"]
+            following = self._modules.get(f"conv{stage + 1}")
+            x = F.relu(norm(x)) if following is None else fused.norm_pool_linear(norm, following, x, pooled=pool)
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] → the last stage's map [B, C, H/32, W/32]."""
+        if self._is_fused(x):
+            self._check_input(x)
+            return self._fused_features(x)
         x = self._stem(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)

@@ -138,15 +138,16 @@ def test_operators_pass_opcheck(operator: str) -> None:
     found = calls(operator)
     assert found
     for function, arguments in found:
-        differentiable = not str(function).endswith("backward.default")
-        given = torch.utils._pytree.tree_map(lambda x: _leaf(x, differentiable), arguments)
-        torch.library.opcheck(function, given)
+        backward = str(function).endswith("backward.default")
+        torch.library.opcheck(function, torch.utils._pytree.tree_map(_copy if backward else _leaf, arguments))
 
 
-def _leaf(x: Any, differentiable: bool) -> Any:
-    if not isinstance(x, Tensor):
-        return x
-    return x.detach().clone().requires_grad_(differentiable and x.dtype == torch.float32)
+def _copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def _leaf(x: Any) -> Any:
+    return _copy(x).requires_grad_(x.dtype == torch.float32) if isinstance(x, Tensor) else x
 
 
 @EACH_FORM

@@ -161,17 +161,19 @@ class BatchNorm:
                 raise UserError("this BatchNorm keeps no running averages, so it needs the moments of a batch")
             mean, variance = self.running_mean, self.running_var
         else:
-            mean, variance = self._batch_statistics(local)
+            total = self.total(local)
+            mean, variance = total.mean, total.deviation / total.count.clamp_min(1)
         scale = torch.rsqrt(widened(variance) + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -mean * scale
         return scale, shift if self.bias is None else shift + self.bias
 
-    def _batch_statistics(self, local: Moments) -> tuple[Tensor, Tensor]:
+    def total(self, local: Moments) -> Moments:
+        """The moments to normalise by, of all processes if synchronised; they move the running averages."""
         total = synchronize_moments(local, self.group) if self.synchronized else local
         if self.updates_running:
             self._move_running(total)
-        return total.mean, total.deviation / total.count.clamp_min(1)
+        return total
 
     def _move_running(self, total: Moments) -> None:
         if self.running_mean is None or self.running_var is None:

@@ -36,6 +36,22 @@ inline void aggregate_channels(const Tile &tile, const float *weight, int64_t we
     for (int c = 0; c < CHANNELS; c++) sum[c] = part[c];
 }
 
+// Σ_c dy_c value_cj of CHANNELS channels that share a group, for every place; added unless `first`.
+template <int SEGMENTS, int CHANNELS>
+inline void compare_channels(const Tile &tile, int64_t places, const int64_t *offset, const float *value,
+                             int64_t channel_stride, const float *output, int64_t output_stride, float *weight_gradient,
+                             int64_t weight_stride, bool first) {
+    Vector dy[CHANNELS];
+    for (int c = 0; c < CHANNELS; c++) dy[c] = load(output + c * output_stride);
+    for (int64_t j = 0; j < places; j++) {
+        const float *at = value + offset[j];
+        Vector sum[2] = {first ? Vector{} : load(weight_gradient + j * weight_stride)};
+#pragma GCC unroll 8
+        for (int c = 0; c < CHANNELS; c++) sum[c % 2] += dy[c] * gathered<SEGMENTS>(tile, at + c * channel_stride);
+        store(weight_gradient + j * weight_stride, sum[0] + sum[1]);
+    }
+}
+
 // What aggregation reads and writes: bordered value, and output [B][channels][rows·columns].
 struct Aggregation {
     const Footprint &f;
@@ -90,23 +106,19 @@ struct Aggregation {
             }
     }
 
-    // The same for the channels of group g alone; both weights are `weight_stride` apart. `output` has room for C / G.
+    // The weights' gradient alone, of group g, whose output gradients are the `output_stride` apart rows of `output`.
     template <int SEGMENTS>
-    void backward_group(const Tile &tile, const Tile &target, int64_t g, const float *weight, int64_t weight_stride,
-                        const float *gradient, float *output, int64_t target_plane, float *value_gradient,
-                        float *weight_gradient) const {
-        int64_t size = f.rows * f.columns, share = channels / groups;
-        for (int64_t m = 0; m < share; m++)
-            store(output + m * LANES, at_outputs(tile, gradient + (m * groups + g) * size, channels * size));
-        for (int64_t j = 0; j < f.places; j++) {
-            Vector w = load(weight + j * weight_stride), sum{};
-            for (int64_t m = 0; m < share; m++) {
-                int64_t c = m * groups + g;
-                Vector dy = load(output + m * LANES);
-                sum += dy * gathered<SEGMENTS>(tile, value + c * f.plane + offset[j]);
-                scattered<SEGMENTS>(target, value_gradient + c * target_plane + offset[j], dy * w);
-            }
-            store(weight_gradient + j * weight_stride, sum);
+    void weight_gradients(const Tile &tile, int64_t g, const float *output, int64_t output_stride,
+                          float *weight_gradient, int64_t weight_stride) const {
+        int64_t share = channels / groups, next = groups * f.plane;
+        for (int64_t m = 0; m < share;) {
+            int64_t step = share - m >= 8 ? 8 : share - m >= 4 ? 4 : 1;
+            const float *from = value + (m * groups + g) * f.plane, *dy = output + m * output_stride;
+            auto *compare = step == 8   ? compare_channels<SEGMENTS, 8>
+                            : step == 4 ? compare_channels<SEGMENTS, 4>
+                                        : compare_channels<SEGMENTS, 1>;
+            compare(tile, f.places, offset, from, next, dy, output_stride, weight_gradient, weight_stride, m == 0);
+            m += step;
         }
     }
 };

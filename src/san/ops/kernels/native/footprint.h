@@ -23,8 +23,9 @@ inline int64_t source_index(int64_t index, int64_t size, bool zeros) {
 
 struct Footprint {
     int64_t batch, height, width, kernel, stride, dilation;
-    bool zeros;
-    int64_t places, padding, rows, columns, pixels, bordered_height, bordered_width, plane;
+    bool zeros, interleaved = false;
+    int64_t places, padding, rows, columns, pixels, bordered_height, bordered_width;
+    int64_t plane, row;  // distance from a bordered channel to the next, and from a row to the next
 
     Footprint(int64_t batch, int64_t height, int64_t width, int64_t kernel, int64_t stride, int64_t dilation, bool zeros)
         : batch(batch), height(height), width(width), kernel(kernel), stride(stride), dilation(dilation), zeros(zeros) {
@@ -37,10 +38,21 @@ struct Footprint {
         bordered_width = (columns - 1) * stride + (kernel - 1) * dilation + 1;
         // An odd number of cache lines spreads neighbouring channels over the cache.
         plane = rounded_up(batch * bordered_height * bordered_width, 16) | 16;
+        row = bordered_width;
+    }
+
+    // Puts the same row of all channels side by side: a tile's footprints then lie in few pages, in the order of tiles.
+    void interleave(int64_t channels) {
+        interleaved = true;
+        plane = bordered_width % 64 ? bordered_width : bordered_width + 4;
+        row = channels * plane;
     }
 
     // Floats of `channels` bordered maps, with room to load a whole vector before and behind.
-    int64_t bordered_size(int64_t channels) const { return channels * plane + 2 * LANES; }
+    int64_t bordered_size(int64_t channels) const { return stacked_size(channels, batch * bordered_height, plane); }
+    int64_t stacked_size(int64_t channels, int64_t stacked_rows, int64_t plane) const {
+        return (interleaved ? stacked_rows * row : channels * plane) + 2 * LANES;
+    }
     int64_t tiles() const { return (pixels + LANES - 1) / LANES; }
 };
 
@@ -48,7 +60,7 @@ struct Footprint {
 inline void place_offsets(const Footprint &f, int64_t *offset) {
     for (int64_t y = 0; y < f.kernel; y++)
         for (int64_t x = 0; x < f.kernel; x++)
-            offset[y * f.kernel + x] = y * f.dilation * f.bordered_width + x * f.dilation;
+            offset[y * f.kernel + x] = y * f.dilation * f.row + x * f.dilation;
 }
 
 // Copies one image [height][width] into its bordered place.
@@ -56,7 +68,7 @@ inline void border(const Footprint &f, const float *image, const int64_t *column
     int64_t inner_stop = smaller(f.padding + f.width, f.bordered_width);
     for (int64_t y = 0; y < f.bordered_height; y++) {
         int64_t row = source_index(y - f.padding, f.height, f.zeros);
-        float *to = bordered + y * f.bordered_width;
+        float *to = bordered + y * f.row;
         if (row < 0) {
             memset(to, 0, f.bordered_width * sizeof(float));
             continue;
@@ -81,6 +93,7 @@ struct Tile {
     Mask mask[LANES];          // a segment's lanes
     int64_t image[LANES], centre[LANES], output[LANES];  // of each lane: image, index in the input and output map
 
+    Tile() = default;
     Tile(const Footprint &f, int64_t index) : first(index * LANES) {
         count = static_cast<int>(smaller(LANES, f.pixels - first));
         segments = 0;
@@ -90,7 +103,7 @@ struct Tile {
             image[lane] = number;
             output[lane] = row * f.columns + column;
             centre[lane] = row * f.stride * f.width + column * f.stride;
-            int64_t at = (number * f.bordered_height + row * f.stride) * f.bordered_width + column * f.stride;
+            int64_t at = (number * f.bordered_height + row * f.stride) * f.row + column * f.stride;
             if (at != expected) {
                 if (segments) mask[segments - 1] = without(mask[segments - 1], lanes_from(lane));
                 offset[segments] = at - lane;
@@ -126,8 +139,8 @@ inline void scattered(const Tile &tile, float *bordered, Vector x) {
         store(bordered + tile.offset[0], load(bordered + tile.offset[0]) + x);
         return;
     }
-    int segments = SEGMENTS ? SEGMENTS : tile.segments;
-    for (int s = 0; s < segments; s++) add_masked(bordered + tile.offset[s], tile.mask[s], x);
+    if (SEGMENTS > 1) return add_each_masked<SEGMENTS ? SEGMENTS : 1>(bordered, tile.offset, tile.mask, x);
+    for (int s = 0; s < tile.segments; s++) add_masked(bordered + tile.offset[s], tile.mask[s], x);
 }
 
 // Calls a template on the number of segments, which the hot loops want to know.
@@ -136,6 +149,7 @@ inline void scattered(const Tile &tile, float *bordered, Vector x) {
     case 1: function<1>(__VA_ARGS__); break;        \
     case 2: function<2>(__VA_ARGS__); break;        \
     case 3: function<3>(__VA_ARGS__); break;        \
+    case 4: function<4>(__VA_ARGS__); break;        \
     default: function<0>(__VA_ARGS__); break;       \
     }
 
@@ -182,12 +196,12 @@ struct Slice {
         int64_t size = f.rows * f.columns, last = smaller(tile_stop * LANES, f.pixels) - 1;
         row = stacked_row(f, tile * LANES / size, tile * LANES % size);
         row_stop = stacked_row(f, last / size, last % size) + (f.kernel - 1) * f.dilation + 1;
-        plane = rounded_up((row_stop - row) * f.bordered_width, 16) | 16;
+        plane = f.interleaved ? f.plane : rounded_up((row_stop - row) * f.bordered_width, 16) | 16;
     }
 
-    int64_t size(int64_t channels) const { return channels * plane + 2 * LANES; }
+    int64_t size(const Footprint &f, int64_t channels) const { return f.stacked_size(channels, row_stop - row, plane); }
     // What turns an offset of the whole stack into one of this slice.
-    int64_t shift(const Footprint &f) const { return -row * f.bordered_width; }
+    int64_t shift(const Footprint &f) const { return -row * f.row; }
 
 private:
     static int64_t stacked_row(const Footprint &f, int64_t image, int64_t pixel) {
@@ -206,7 +220,7 @@ inline void unborder(const Footprint &f, const Slice &slice, const float *border
     for (int64_t stacked = start; stacked < stop; stacked++) {
         int64_t row = source_index(stacked - image * f.bordered_height - f.padding, f.height, f.zeros);
         if (row < 0) continue;
-        const float *from = bordered + (stacked - slice.row) * f.bordered_width;
+        const float *from = bordered + (stacked - slice.row) * f.row;
         float *sum = to + row * f.width;
         for (int64_t x = 0; x < inner_stop - f.padding; x++) sum[x] += from[x + f.padding];
         for (int64_t x = 0; x < f.padding; x++)

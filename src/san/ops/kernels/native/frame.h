@@ -47,8 +47,8 @@ struct Frame {
     }
 };
 
-// Backward's work: parts of the channels times slices of the tiles, about as many as there are cores to feed. It depends
-// on the problem alone; who works on several tiles at a time takes CHUNK of them.
+// Backward's work: parts of the channels times slices of the tiles. The cut depends on the problem alone, as slices do;
+// who works on several tiles at a time takes CHUNK of them.
 struct Cut {
     static constexpr int64_t ITEMS = 16, CHUNK = 24;
     int64_t parts, slices;

@@ -17,7 +17,7 @@ constexpr int TILE_ROWS = 4, TILE_VECTORS = 2, OUTER_ROWS = 2, OUTER_COLUMNS = 4
 // Rows to allocate for a panel that `outer` reads: it reads whole register tiles.
 inline int64_t panel_rows(int64_t rows) { return rows + larger(OUTER_ROWS, OUTER_COLUMNS) - 1; }
 
-enum Start { ZERO, BIAS, ADD };
+enum Start { ZERO = 0, BIAS = 1, ADD = 2, BIAS_AND_ADD = 3 };
 enum Finish { PLAIN, RELU };
 
 struct Product {
@@ -27,6 +27,7 @@ struct Product {
     int64_t rows, depth;
     Start start;
     Finish finish;
+    int64_t added = 0;  // what ADD adds lies this many floats behind the output
 };
 
 template <int ROWS, int VECTORS>
@@ -37,9 +38,12 @@ __attribute__((noinline)) void product_tile(const Product &p, int64_t row, const
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++)
-            sum[r][v] = p.start == ADD    ? load(out + (row + r) * out_stride + v * LANES)
-                        : p.start == BIAS ? broadcast(p.bias[row + r])
-                                          : Vector{};
+            sum[r][v] = p.start & BIAS ? broadcast(p.bias[row + r]) : Vector{};
+    if (p.start & ADD)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(out + p.added + (row + r) * out_stride + v * LANES);
     const float *weight = p.weight + row * p.weight_stride;
     for (int64_t d = 0; d < p.depth; d++) {
         Vector x[VECTORS];

@@ -57,6 +57,15 @@ inline Vector blended_load(Vector otherwise, Mask mask, const float *from) {
 inline void add_masked(float *to, Mask mask, Vector x) {
     _mm512_mask_storeu_ps(to, mask, _mm512_mask_loadu_ps(Vector{}, mask, to) + x);
 }
+// Adds x under several disjoint masks. All loads come first: a load waits for a masked store that it may overlap.
+template <int COUNT>
+inline void add_each_masked(float *to, const int64_t *offset, const Mask *mask, Vector x) {
+    Vector sum[COUNT];
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) sum[i] = load(to + offset[i]) + x;
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) _mm512_mask_storeu_ps(to + offset[i], mask[i], sum[i]);
+}
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 #else
 typedef Integers Mask;
@@ -68,6 +77,10 @@ inline Integers lane_numbers() {
 inline Mask lanes_from(int first) { return lane_numbers() >= first; }
 inline Vector blended_load(Vector otherwise, Mask mask, const float *from) { return mask ? load(from) : otherwise; }
 inline void add_masked(float *to, Mask mask, Vector x) { store(to, load(to) + (mask ? x : Vector{})); }
+template <int COUNT>
+inline void add_each_masked(float *to, const int64_t *offset, const Mask *mask, Vector x) {
+    for (int i = 0; i < COUNT; i++) add_masked(to + offset[i], mask[i], x);
+}
 inline Mask without(Mask a, Mask b) { return a & ~b; }
 #endif
 

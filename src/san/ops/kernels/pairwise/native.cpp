@@ -55,14 +55,18 @@ struct Problem {
         position_channels = a.position_kind == NO_POSITION ? 0 : 2;
         key_channels = a.relation_channels + position_channels;
         width = a.widths[0];
+        f.interleave(channels());
     }
+
+    // Of a bordered map: those of key, then position, then value.
+    int64_t channels() const { return key_channels + (a.value ? a.value_channels : 0); }
 
     void lay_out(Workspace &space, bool backward) {
         offset = space.take<int64_t>(f.places);
         columns = space.take<int64_t>(f.bordered_width);
         rows = space.take<Row>(width);
-        key = space.take<float>(f.bordered_size(key_channels)) + LANES;
-        value = a.value ? space.take<float>(f.bordered_size(a.value_channels)) + LANES : nullptr;
+        key = space.take<float>(f.bordered_size(channels())) + LANES;
+        value = key + key_channels * f.plane;
         for (int64_t n = 0; backward && n < a.layers; n++)
             transposed[n] = space.take<float>(a.widths[n] * a.widths[n + 1]);
     }
@@ -94,19 +98,15 @@ struct Problem {
 
     // Fills the bordered maps, a plane at a time; all threads of a team call it.
     void fill() const {
-        int64_t size = f.height * f.width, channels = key_channels + (value ? a.value_channels : 0);
+        int64_t size = f.height * f.width;
 #pragma omp for schedule(dynamic, 8)
-        for (int64_t plane = 0; plane < channels * f.batch; plane++) {
-            int64_t image = plane % f.batch, c = plane / f.batch;
+        for (int64_t each = 0; each < channels() * f.batch; each++) {
+            int64_t image = each / channels(), c = each % channels();
             const float *from;
-            float *to = key + c * f.plane;
             if (c < a.relation_channels) from = a.key + (image * a.relation_channels + c) * size;
             else if (c < key_channels) from = a.position + (c - a.relation_channels) * size;
-            else {
-                from = a.value + (image * a.value_channels + c - key_channels) * size;
-                to = value + (c - key_channels) * f.plane;
-            }
-            border(f, from, columns, to + image * f.bordered_height * f.bordered_width);
+            else from = a.value + (image * a.value_channels + c - key_channels) * size;
+            border(f, from, columns, key + c * f.plane + image * f.bordered_height * f.row);
         }
     }
 
@@ -281,8 +281,8 @@ struct Sums {
     void lay_out(Workspace &space) {
         const Arguments &a = p->a;
         size_t before = space.used();
-        key = space.take<float>(slice.size(p->key_channels)) + LANES;
-        if (a.value) value = space.take<float>(slice.size(a.value_channels)) + LANES;
+        key = space.take<float>(slice.size(p->f, p->channels())) + LANES;
+        value = key + p->key_channels * p->f.plane;
         scale = space.take<float>(p->width);
         shift = space.take<float>(p->width);
         for (int64_t n = 0; n < a.layers; n++) {
@@ -491,19 +491,16 @@ void add(float *to, const float *from, int64_t count) {
 // Adds all slices up, in their order, into the gradients' tensors, which start as zeros.
 void merge(const Problem &p, const Sums *sums, int64_t slices) {
     const Arguments &a = p.a;
-    int64_t size = p.f.height * p.f.width, channels = p.key_channels + (a.value ? a.value_channels : 0);
+    int64_t size = p.f.height * p.f.width;
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t plane = 0; plane < channels * p.f.batch; plane++) {
-        int64_t image = plane % p.f.batch, c = plane / p.f.batch;
+    for (int64_t each = 0; each < p.channels() * p.f.batch; each++) {
+        int64_t image = each / p.channels(), c = each % p.channels();
         float *to;
         if (c < a.relation_channels) to = a.key_gradient + (image * a.relation_channels + c) * size;
         else if (c < p.key_channels) to = a.position_gradient + (image * 2 + c - a.relation_channels) * size;
         else to = a.value_gradient + (image * a.value_channels + c - p.key_channels) * size;
-        for (int64_t s = 0; s < slices; s++) {
-            int64_t at = c < p.key_channels ? c : c - p.key_channels;
-            const float *from = (c < p.key_channels ? sums[s].key : sums[s].value) + at * sums[s].slice.plane;
-            unborder(p.f, sums[s].slice, from, image, p.columns, to);
-        }
+        for (int64_t s = 0; s < slices; s++)
+            unborder(p.f, sums[s].slice, sums[s].key + c * p.f.plane, image, p.columns, to);
     }
 #pragma omp single
     for (int64_t s = 0; s < slices; s++) {

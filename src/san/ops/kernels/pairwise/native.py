@@ -10,19 +10,23 @@ Legend: B batch, R relation width, D δ's width, C value channels, G weight grou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from san.ops import dispatch
+from san.ops.footprint import Footprint
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import MAX_LAYERS, address, addresses, output_size, refusal, single
 from san.ops.kernels.pairwise.reference import PairwiseCall
+from san.ops.kernels.pointwise.native import Affine
 from san.ops.mapping import Mapping
 from san.ops.normalization import Moments
+from san.ops.relations import Position
 
-__all__ = ["run", "supports"]
+__all__ = ["attend_folded", "run", "supports"]
 
 _RELATIONS = {"subtraction": 0, "summation": 1, "hadamard": 2, "concatenation": 3, "dot": 4}
 _POSITIONS = {"relative": 1, "absolute": 2}
@@ -263,15 +267,37 @@ def supports(call: PairwiseCall) -> str | None:
 def run(call: PairwiseCall) -> Tensor:
     """Pairwise attention; see `reference.py`."""
     query, key, *position = map(single, call.maps())
-    rule, value = call.footprint, single(call.value)
-    kind = _POSITIONS[call.position.kind] if call.position else 0
+    value = single(call.value)
     width = call.mapping.widths()[0] if isinstance(call.mapping, Mapping) else _identity_width(call)
-    plan = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros"), _RELATIONS[call.relation]]
-    inputs = _Inputs(query, key, position[0] if position else None, None, None, [], [], [*plan, kind, width])
+    plan = _plan(call.relation, call.footprint, call.position, width)
+    inputs = _Inputs(query, key, position[0] if position else None, None, None, [], [], plan)
     if isinstance(call.mapping, Mapping):
         inputs = _with_mapping(inputs, call.mapping)
     groups = len(inputs.weights[-1]) if inputs.weights else width
     return _forward(query, key, value, groups, *inputs[2:]).to(call.value.dtype)
+
+
+def attend_folded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Position | None,
+    norm: Affine,
+    layers: Sequence[Affine],
+    relation: str,
+    footprint: Footprint,
+) -> Tensor:
+    """Pairwise attention of contiguous float32 maps without gradients, BatchNorm folded: γ's first into `norm`, which
+    scales and shifts δ, every other into the weight and bias before it."""
+    weights, biases = ([layer[part].detach() for layer in layers] for part in (0, 1))
+    places = None if position is None else position.map(*key.shape[2:])
+    plan = _plan(relation, footprint, position, len(norm.scale))
+    return _forward(query, key, value, len(weights[-1]), places, *norm, weights, biases, plan)
+
+
+def _plan(relation: str, rule: Footprint, position: Position | None, width: int) -> list[int]:
+    geometry = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros")]
+    return [*geometry, _RELATIONS[relation], _POSITIONS[position.kind] if position else 0, width]
 
 
 def _identity_width(call: PairwiseCall) -> int:

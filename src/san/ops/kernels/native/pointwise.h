@@ -1,0 +1,43 @@
+// What products on the channel axis and their gradients share: their input, and how pooling reads it.
+#pragma once
+
+#include "footprint.h"
+
+namespace {
+
+constexpr int64_t MAX_PRODUCTS = 3, MAX_STEM_CHANNELS = 4;
+
+// The map that products multiply: rectified and normalised, made from an image by the stem, or neither; then pooled.
+struct Input {
+    int64_t threads, batch, channels, height, width, pooled;
+    int64_t stem_channels;  // 0, or the channels of the image from which the stem makes `channels`
+    const float *input, *scale, *shift;  // no scale: the input as it is
+    const float *stem_weight;            // [channels][stem_channels]
+};
+
+// The pixels that products run over: those of the input, or of the map that 2×2 pooling leaves.
+inline Footprint pixels_of(const Input &a) {
+    Footprint f(a.batch, a.height, a.width, 1, 1, 1, false);
+    if (a.pooled) {
+        f.stride = 2;
+        f.rows = a.height / 2;
+        f.columns = a.width / 2;
+        f.pixels = f.batch * f.rows * f.columns;
+    }
+    return f;
+}
+
+inline Vector every_second(Vector a, Vector b, int first) {
+    Integers lanes;
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = 2 * lane + first;
+    return __builtin_shuffle(a, b, lanes);
+}
+
+// maximum() of four values that hands NaN on.
+inline Vector largest(const Vector *x) {
+    Vector top = maximum(maximum(x[0], x[1]), maximum(x[2], x[3]));
+    Vector sum = x[0] + x[1] + x[2] + x[3];
+    return sum == sum ? top : sum;
+}
+
+}  // namespace

@@ -1,0 +1,1 @@
+"""Kernels for what surrounds attention; only the native backend has them, others run PyTorch's operators."""

@@ -1,0 +1,225 @@
+// What surrounds attention: products on the channel axis, with BatchNorm, ReLU and pooling joined to their input, bias
+// and residual to their output, so that a map is read once and written once.
+//
+// A group of columns (pixels, of the whole batch) is normalised, rectified and pooled into a panel in the core's cache,
+// then multiplied by a chunk of the weight's rows. Maps are [batch][channels][height][width].
+
+#include "../native/entry.h"
+#include "../native/pointwise.h"
+#include "../native/product.h"
+
+namespace {
+
+struct Arguments : Input {
+    // Several products of one input, as φ, ψ and β are; `residual` is added to the first.
+    int64_t given[MAX_PRODUCTS];
+    const float *weight[MAX_PRODUCTS], *bias[MAX_PRODUCTS];
+    float *output[MAX_PRODUCTS];
+    const float *residual;
+};
+
+constexpr int64_t GROUP = 6;  // vectors of a panel's row
+
+// A tile of one channel, or the four tiles that pooling compares.
+struct Reader {
+    const Arguments &a;
+    const Tile &tile;
+    bool row;  // the pooled lanes lie in one row
+
+    Reader(const Arguments &a, const Tile &tile) : a(a), tile(tile) {
+        row = tile.count == LANES && tile.image[0] == tile.image[LANES - 1] &&
+              tile.centre[LANES - 1] - tile.centre[0] == 2 * (LANES - 1);
+    }
+
+    Vector plain(const float *channel, int64_t image_stride) const { return at_centres(tile, channel, image_stride); }
+
+    void four(const float *channel, int64_t image_stride, Vector *x) const {
+        for (int y = 0; y < 2; y++) {
+            const float *from = channel + y * a.width;
+            if (row) {
+                const float *start = from + tile.image[0] * image_stride + tile.centre[0];
+                Vector low = load(start), high = load(start + LANES);
+                x[2 * y] = every_second(low, high, 0);
+                x[2 * y + 1] = every_second(low, high, 1);
+                continue;
+            }
+            for (int lane = 0; lane < LANES; lane++) {
+                const float *at = from + tile.image[lane] * image_stride + tile.centre[lane];
+                x[2 * y][lane] = at[0];
+                x[2 * y + 1][lane] = at[1];
+            }
+        }
+    }
+};
+
+void fill_plain(const Arguments &a, const Tile &tile, float *panel, int64_t stride) {
+    int64_t size = a.height * a.width;
+    Reader reader(a, tile);
+    for (int64_t c = 0; c < a.channels; c++) {
+        const float *channel = a.input + c * size;
+        Vector x;
+        if (a.pooled) {
+            Vector four[4];
+            reader.four(channel, a.channels * size, four);
+            for (int i = 0; a.scale && i < 4; i++) four[i] = four[i] * a.scale[c] + a.shift[c];
+            x = largest(four);
+        } else {
+            x = reader.plain(channel, a.channels * size);
+            if (a.scale) x = x * a.scale[c] + a.shift[c];
+        }
+        store(panel + c * stride, a.scale ? rectified(x) : x);
+    }
+}
+
+// The stem: image → Linear with BatchNorm folded in → ReLU → pooling, pixel by pixel of the pooled map.
+void fill_stem(const Arguments &a, const Tile &tile, float *panel, int64_t stride) {
+    int64_t size = a.height * a.width, readings = a.pooled ? 4 : 1;
+    Reader reader(a, tile);
+    Vector image[MAX_STEM_CHANNELS][4];
+    for (int64_t k = 0; k < a.stem_channels; k++) {
+        const float *channel = a.input + k * size;
+        if (a.pooled) reader.four(channel, a.stem_channels * size, image[k]);
+        else image[k][0] = reader.plain(channel, a.stem_channels * size);
+    }
+    for (int64_t c = 0; c < a.channels; c++) {
+        Vector sum[4];
+        for (int64_t i = 0; i < readings; i++) {
+            sum[i] = broadcast(a.shift[c]);
+            for (int64_t k = 0; k < a.stem_channels; k++) sum[i] += image[k][i] * a.stem_weight[c * a.stem_channels + k];
+        }
+        store(panel + c * stride, rectified(readings == 4 ? largest(sum) : sum[0]));
+    }
+}
+
+// Columns of one task: up to GROUP tiles, and whether their output lies one behind the other.
+struct Group {
+    int64_t first, count;
+    bool contiguous;
+
+    Group(const Footprint &f, int64_t index) : first(index * GROUP) {
+        count = smaller(GROUP, f.tiles() - first);
+        int64_t start = first * LANES, stop = (first + count) * LANES, size = f.rows * f.columns;
+        contiguous = stop <= f.pixels && start / size == (stop - 1) / size;
+    }
+};
+
+void fill(const Arguments &a, const Footprint &f, const Group &group, float *panel) {
+    for (int64_t v = 0; v < group.count; v++) {
+        Tile tile(f, group.first + v);
+        if (a.stem_channels) fill_stem(a, tile, panel + v * LANES, GROUP * LANES);
+        else fill_plain(a, tile, panel + v * LANES, GROUP * LANES);
+    }
+}
+
+// Rows [row, row + rows) of product `n` for one group's columns.
+void multiply(const Arguments &a, const Footprint &f, const Group &group, const float *panel, int64_t n, int64_t row,
+              int64_t rows, float *room) {
+    int64_t size = f.rows * f.columns, at = group.first * LANES, image_stride = a.given[n] * size;
+    const float *residual = n == 0 ? a.residual : nullptr, *bias = a.bias[n];
+    Product p{a.weight[n] + row * a.channels, a.channels, bias ? bias + row : nullptr, rows, a.channels,
+              bias ? BIAS : ZERO, PLAIN};
+    if (group.contiguous) {
+        float *out = a.output[n] + (at / size * a.given[n] + row) * size + at % size;
+        if (residual) {
+            p.start = bias ? BIAS_AND_ADD : ADD;
+            p.added = residual - a.output[n];
+        }
+        product(p, panel, GROUP * LANES, out, size, group.count);
+        return;
+    }
+    product(p, panel, GROUP * LANES, room, GROUP * LANES, group.count);
+    for (int64_t v = 0; v < group.count; v++) {
+        Tile tile(f, group.first + v);
+        for (int64_t r = 0; r < rows; r++) {
+            Vector x = load(room + r * GROUP * LANES + v * LANES);
+            int64_t channel = (row + r) * size;
+            if (residual) x += at_outputs(tile, residual + channel, image_stride);
+            set_outputs(tile, a.output[n] + channel, image_stride, x);
+        }
+    }
+}
+
+// Rows [row, stop) of all products, one behind the other.
+void multiply_all(const Arguments &a, const Footprint &f, const Group &group, const float *panel, int64_t row,
+                  int64_t stop, float *room) {
+    for (int64_t n = 0, start = 0; n < MAX_PRODUCTS; start += a.given[n++]) {
+        int64_t first = larger(row, start), last = smaller(stop, start + a.given[n]);
+        if (first < last) multiply(a, f, group, panel, n, first - start, last - first, room);
+    }
+}
+
+// Rows of a task: all of them, unless that leaves threads without work.
+int64_t chunk_rows(int64_t rows, int64_t threads, int64_t groups) {
+    int64_t chunks = larger(1, (4 * threads + groups - 1) / groups);
+    return larger(64, rounded_up((rows + chunks - 1) / chunks, TILE_ROWS));
+}
+
+bool fits(const Arguments &a, const Footprint &f) {
+    if (a.batch <= 0 || a.channels <= 0 || f.pixels <= 0 || a.stem_channels > MAX_STEM_CHANNELS) return false;
+    for (int64_t n = 0; n < MAX_PRODUCTS; n++)
+        if (a.given[n] < 0 || (a.given[n] > 0 && !(a.weight[n] && a.output[n]))) return false;
+    return a.given[0] > 0;
+}
+
+int forward(const Arguments &a) {
+    Footprint f = pixels_of(a);
+    if (!fits(a, f)) return WRONG_SIZES;
+    int64_t given = a.given[0] + a.given[1] + a.given[2], threads = larger(1, a.threads);
+    int64_t groups = (f.tiles() + GROUP - 1) / GROUP, rows = chunk_rows(given, threads, groups);
+    int64_t chunks = (given + rows - 1) / rows;
+    Workspace sizes;
+    sizes.take<float>(a.channels * GROUP * LANES);
+    sizes.take<float>(rows * GROUP * LANES);
+    Block block(threads * sizes.used());
+    if (!block.start) return OUT_OF_MEMORY;
+#pragma omp parallel num_threads(threads)
+    {
+        Workspace space(static_cast<char *>(block.start) + thread_number() * sizes.used());
+        float *panel = space.take<float>(a.channels * GROUP * LANES), *room = space.take<float>(rows * GROUP * LANES);
+        int64_t filled = -1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * chunks; task++) {
+            Group group(f, task / chunks);
+            if (filled != task / chunks) fill(a, f, group, panel);
+            filled = task / chunks;
+            int64_t row = task % chunks * rows;
+            multiply_all(a, f, group, panel, row, smaller(given, row + rows), room);
+        }
+    }
+    return DONE;
+}
+
+// BatchNorm with fixed statistics, folded: into scale and shift, or into the weight and bias of the Linear before it.
+struct Norm {
+    int64_t channels;
+    const float *weight, *bias, *mean, *variance;
+    double eps;
+    int64_t columns;  // of the Linear's weight, 0 without one
+    const float *linear_weight, *linear_bias;
+    float *scale, *shift;  // results: [channels] each, or [channels][columns] and [channels]
+};
+
+constexpr int64_t MAX_NORMS = 6;
+struct NormArguments {
+    int64_t threads;
+    Norm norm[MAX_NORMS];  // those of 0 channels are left out
+};
+
+int fold(const NormArguments &a) {
+    for (const Norm &n : a.norm)
+        for (int64_t c = 0; c < n.channels; c++) {
+            double s = (n.weight ? n.weight[c] : 1.0) / __builtin_sqrt(n.variance[c] + n.eps);
+            double t = (n.bias ? n.bias[c] : 0.0) - n.mean[c] * s;
+            float scale = static_cast<float>(s);
+            if (n.columns && n.linear_bias) t += n.linear_bias[c] * s;
+            for (int64_t d = 0; d < n.columns; d++) n.scale[c * n.columns + d] = n.linear_weight[c * n.columns + d] * scale;
+            if (!n.columns) n.scale[c] = scale;
+            n.shift[c] = static_cast<float>(t);
+        }
+    return DONE;
+}
+
+}  // namespace
+
+SAN_KERNEL(pointwise_forward, Arguments, forward)
+SAN_KERNEL(fold, NormArguments, fold)

@@ -1,0 +1,99 @@
+"""Products on the channel axis by the kernels of `native.cpp`: BatchNorm, ReLU, pooling and residual joined to them.
+
+These are not operators that autograd knows: `san.fused` calls them where it has checked that it may.
+Legend: B batch, C channels, O output channels, H W map.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
+
+from san.ops.kernels.native import operators
+
+__all__ = ["MAX_STEM_CHANNELS", "Affine", "Linear", "Norm", "fold", "products"]
+
+MAX_STEM_CHANNELS = 4
+_MAX_PRODUCTS = 3
+_MAX_NORMS = 6
+
+
+class Linear(NamedTuple):
+    """A pointwise convolution: weight [O, C] or [O, C, 1, 1], bias [O] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Norm(NamedTuple):
+    """BatchNorm with fixed statistics, all [C]."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+
+class Affine(NamedTuple):
+    """What a BatchNorm is folded into: scale and shift [C]; or, with the Linear before it, weight [O, C], bias [O]."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@lru_cache
+def _bits(number: float) -> int:
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def fold(norms: Sequence[tuple[Norm, Linear | None]]) -> list[Affine]:
+    """Fold up to six BatchNorms, each alone or with the Linear before it."""
+    arguments: list[int] = []
+    folded = []
+    for (weight, bias, mean, variance, eps), linear in norms:
+        channels, columns = mean.shape[0], linear.weight.shape[1] if linear else 0
+        found = Affine(mean.new_empty((channels, columns) if linear else channels), mean.new_empty(channels))
+        folded.append(found)
+        arguments += (channels, *operators.addresses(weight, bias, mean, variance), _bits(eps), columns)
+        arguments += operators.addresses(*linear) if linear else (0, 0)
+        arguments += operators.addresses(*found)
+    operators.call("fold", *arguments, *[0] * (11 * (_MAX_NORMS - len(norms))))
+    return folded
+
+
+def products(
+    x: Tensor,
+    linears: Sequence[Linear],
+    *,
+    norm: Affine | None = None,
+    pooled: bool = False,
+    stem: Affine | None = None,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """W·f(x) + b of up to three Linears, x [B, C, H, W] contiguous float32 → [B, O, H, W] each.
+
+    f is ReLU(scale·x + shift) with a `norm`, then 2×2 max pooling if `pooled`. With a `stem`, whose scale is a weight
+    [C, image channels], f is ReLU(scale·x + shift) of an image x, pooled likewise. `residual` is added to the first.
+    """
+    batch, channels, height, width = x.shape
+    size = (height // 2, width // 2) if pooled else (height, width)
+    outputs = [x.new_empty(batch, linear.weight.shape[0], *size) for linear in linears]
+    room = [0] * (_MAX_PRODUCTS - len(linears))
+    scale, shift = stem or norm or (None, None)
+    operators.call(
+        "pointwise_forward",
+        *(batch, scale.shape[0] if stem and scale is not None else channels, height, width, int(pooled)),
+        *(channels if stem else 0, operators.address(x)),
+        *operators.addresses(None if stem else scale, shift, scale if stem else None),
+        *(*(output.shape[1] for output in outputs), *room),
+        *operators.addresses(*(linear.weight for linear in linears), room=_MAX_PRODUCTS),
+        *operators.addresses(*(linear.bias for linear in linears), room=_MAX_PRODUCTS),
+        *operators.addresses(*outputs, room=_MAX_PRODUCTS),
+        operators.address(residual),
+    )
+    return outputs

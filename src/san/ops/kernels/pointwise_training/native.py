@@ -1,0 +1,262 @@
+"""Training through BatchNorm · ReLU · pooling · products on the channel axis, keeping the input map alone.
+
+Each function is one node of autograd: forward takes the batch's moments, folds BatchNorm and multiplies; backward
+recomputes what entered the products, and joins the three terms of BatchNorm's gradient in one pass over the map.
+Legend: B batch, C channels, O output channels, K image channels, H W map, N samples behind a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
+
+from san.ops.kernels.native import operators
+from san.ops.kernels.native.operators import address, single
+from san.ops.kernels.pointwise.native import Affine, Linear, products
+from san.ops.normalization import BatchNorm, Moments
+
+__all__ = ["norm_products", "stem"]
+
+_MAX_PRODUCTS = 3
+
+
+class _Statistics(NamedTuple):
+    """What normalising took: mean, 1/σ, scale and shift [C] in float64, and N, 0 for fixed statistics."""
+
+    mean: Tensor
+    inverse: Tensor
+    scale: Tensor
+    shift: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, norm: BatchNorm, local: Moments | None) -> _Statistics:
+        if local is None:
+            running: Any = (norm.running_mean, norm.running_var)
+            mean, variance = (x.double() for x in running)
+            count = mean.new_zeros(())
+        else:
+            total = norm.total(local)
+            mean, variance, count = total.mean, total.deviation / total.count.clamp_min(1), total.count
+        inverse = torch.rsqrt(variance + norm.eps)
+        scale = inverse if norm.weight is None else inverse * norm.weight
+        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+        return cls(mean, inverse, scale, shift, count)
+
+    def affine(self) -> Affine:
+        return Affine(self.scale.float(), self.shift.float())
+
+
+class _Reductions(NamedTuple):
+    """Σ g and Σ g·x̂ [C] of this process, for BatchNorm's own gradients, and their means, for its input's gradient."""
+
+    total: Tensor
+    normalised: Tensor
+    mean: Tensor
+    normalised_mean: Tensor
+
+    @classmethod
+    def of(cls, norm: BatchNorm, found: _Statistics, total: Tensor, product: Tensor) -> _Reductions:
+        normalised = found.inverse * (product - found.mean * total)
+        both = torch.stack([total, normalised])
+        if norm.synchronized:
+            both = both.clone()
+            distributed.all_reduce(both, group=norm.group)
+        means = both / found.count if norm.uses_batch else torch.zeros_like(both)
+        return cls(total, normalised, *means)
+
+
+class _Gradients(NamedTuple):
+    """Of every Linear's weight and bias, of the input before BatchNorm, and Σ g [C], Σ g·x [C] or [C, K]."""
+
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    input: Tensor | None
+    total: Tensor
+    product: Tensor
+
+
+def _moments(x: Tensor) -> Moments:
+    """Moments of every channel of x [B, C, H, W], in float64."""
+    batch, channels, height, width = x.shape
+    mean, deviation = x.new_empty(2, channels, dtype=torch.float64)
+    operators.call("channel_moments", batch, channels, height * width, address(x), address(mean), address(deviation))
+    return Moments(mean.new_full((), batch * height * width), mean, deviation)
+
+
+def _backward(
+    x: Tensor,
+    linears: Sequence[Linear],
+    outer: Sequence[Tensor],
+    affine: Affine,
+    *,
+    pooled: bool,
+    is_stem: bool,
+    wanted: Sequence[bool],
+    wants_input: bool,
+) -> _Gradients:
+    """Back through products of one input; `wanted` says for every weight and bias whether its gradient is."""
+    batch, channels, height, width = x.shape
+    tensors = [x for linear in linears for x in linear]
+    made: Any = [
+        torch.empty_like(x) if want and x is not None else None for x, want in zip(tensors, wanted, strict=True)
+    ]
+    taken = len(affine.scale)
+    total = x.new_empty(taken, dtype=torch.float64)
+    product = x.new_empty((taken, channels) if is_stem else taken, dtype=torch.float64)
+    gradient = torch.empty_like(x) if wants_input else None
+    stem = (channels, address(x), 0, address(affine.shift), address(affine.scale))
+    plain = (0, address(x), *operators.addresses(*affine), 0)
+    operators.call(
+        "pointwise_backward",
+        *(batch, taken, height, width, int(pooled), *(stem if is_stem else plain)),
+        *(*(linear.weight.shape[0] for linear in linears), *[0] * (_MAX_PRODUCTS - len(linears))),
+        *operators.addresses(*(linear.weight for linear in linears), room=_MAX_PRODUCTS),
+        *operators.addresses(*outer, room=_MAX_PRODUCTS),
+        *operators.addresses(*made[0::2], room=_MAX_PRODUCTS),
+        *operators.addresses(*made[1::2], room=_MAX_PRODUCTS),
+        *operators.addresses(gradient, total, product),
+    )
+    return _Gradients(made[0::2], made[1::2], gradient, total, product)
+
+
+def _through_norm(
+    gradient: Tensor, x: Tensor, found: _Statistics, sums: _Reductions, residual: Tensor | None
+) -> Tensor:
+    """scale · (g − mean g − x̂ · mean g·x̂) + residual, in g's place."""
+    slope = -found.scale * found.inverse * sums.normalised_mean
+    constant = -found.scale * sums.mean - slope * found.mean
+    factors = [x.float() for x in (found.scale, slope, constant)]
+    batch, channels, height, width = x.shape
+    addresses = operators.addresses(gradient, x, *factors, residual)
+    operators.call("norm_input_gradient", batch, channels, height * width, *addresses)
+    return gradient
+
+
+def _paired(tensors: Any) -> list[Linear]:
+    """Weights and biases in turn, as Linears."""
+    return [Linear(*pair) for pair in zip(tensors[0::2], tensors[1::2], strict=True)]
+
+
+class _NormProducts(torch.autograd.Function):
+    """Products of ReLU(BatchNorm(x)); with `passes`, x is handed on as last output, so that its gradients meet here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: BatchNorm,
+        pooled: bool,
+        passes: bool,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        linears = _paired(tensors)
+        found = _Statistics.of(norm, _moments(x) if norm.uses_batch else None)
+        outputs = products(x, linears, norm=found.affine(), pooled=pooled, residual=residual)
+        ctx.norm, ctx.pooled, ctx.passes, ctx.found = norm, pooled, passes, found
+        ctx.save_for_backward(x, *tensors)
+        return (*outputs, x.view_as(x)) if passes else tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        linears = _paired(tensors)
+        given = list(map(single, outer))
+        passed = given.pop() if ctx.passes else None
+        found, needed = ctx.found, ctx.needs_input_grad
+        options: Any = {"pooled": ctx.pooled, "is_stem": False, "wanted": needed[7:], "wants_input": needed[0]}
+        made = _backward(x, linears, given, found.affine(), **options)
+        sums = _Reductions.of(ctx.norm, found, made.total, made.product)
+        of_x = None if made.input is None else _through_norm(made.input, x, found, sums, passed)
+        own = [x.float() for x in (sums.normalised, sums.total)]
+        parameters = [x for pair in zip(made.weights, made.biases, strict=True) for x in pair]
+        of_norm = [x if want else None for x, want in zip(own, needed[5:7], strict=True)]
+        return of_x, given[0] if needed[1] else None, None, None, None, *of_norm, *parameters
+
+
+def norm_products(
+    x: Tensor,
+    norm: BatchNorm,
+    linears: Sequence[Linear],
+    *,
+    pooled: bool = False,
+    residual: Tensor | None = None,
+    passes: bool = False,
+) -> tuple[Tensor, ...]:
+    """W·f(x) + b of up to three Linears, f = ReLU(BatchNorm(x)), then 2×2 max pooling if `pooled`; [B, O, H, W] each.
+
+    x [B, C, H, W] is contiguous float32. `residual` is added to the first. With `passes` x comes back as last output:
+    where it is used again, as a residual for instance, its gradient then joins this one's without a pass of its own.
+    """
+    tensors = [x for linear in linears for x in linear]
+    return _NormProducts.apply(x, residual, norm, pooled, passes, norm.weight, norm.bias, *tensors)
+
+
+class _Stem(torch.autograd.Function):
+    """W₀ · pool(ReLU(BatchNorm(W · image))): BatchNorm's moments and gradients follow from few sums over the image."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        weight: Tensor,
+        norm: BatchNorm,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        behind: Tensor,
+        pooled: bool,
+    ) -> Tensor:
+        mean, deviation = _image_moments(image)
+        rows, count = weight.flatten(1).double(), image.numel() // image.shape[1]
+        local = Moments(mean.new_full((), count), rows @ mean, ((rows @ deviation) * rows).sum(1))
+        found = _Statistics.of(norm, local if norm.uses_batch else None)
+        ctx.norm, ctx.pooled, ctx.found, ctx.mean, ctx.deviation = norm, pooled, found, mean, deviation
+        ctx.save_for_backward(image, weight, behind)
+        return products(image, [Linear(behind, None)], stem=_folded(found, weight), pooled=pooled)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight, behind = ctx.saved_tensors
+        found, needed = ctx.found, ctx.needs_input_grad
+        options: Any = {"pooled": ctx.pooled, "is_stem": True, "wanted": (needed[5], False), "wants_input": needed[0]}
+        made = _backward(image, [Linear(behind, None)], [single(outer[0])], _folded(found, weight), **options)
+        rows, count = weight.flatten(1).double(), image.numel() // image.shape[1]
+        sums = _Reductions.of(ctx.norm, found, made.total, (rows * made.product).sum(1))
+        # Σ x̂·image = Σ (W·image − mean)/σ · image, from the image's raw second moments.
+        second = ctx.deviation + count * torch.outer(ctx.mean, ctx.mean)
+        normalised = found.inverse[:, None] * (rows @ second - found.mean[:, None] * (count * ctx.mean))
+        of_rows = made.product - sums.mean[:, None] * (count * ctx.mean) - sums.normalised_mean[:, None] * normalised
+        of_weight = (found.scale[:, None] * of_rows).float().view_as(weight)
+        own = [x.float() if want else None for x, want in zip((sums.normalised, sums.total), needed[3:5], strict=True)]
+        return made.input, of_weight, None, *own, made.weights[0], None
+
+
+def _folded(found: _Statistics, weight: Tensor) -> Affine:
+    return Affine((found.scale[:, None] * weight.flatten(1)).float(), found.shift.float())
+
+
+def _image_moments(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [K] and co-deviations [K, K] of an image [B, K, H, W], in float64."""
+    batch, channels, height, width = image.shape
+    mean = image.new_empty(channels, dtype=torch.float64)
+    deviation = image.new_empty(channels, channels, dtype=torch.float64)
+    operators.call("image_moments", batch, channels, height * width, *operators.addresses(image, mean, deviation))
+    return mean, deviation
+
+
+def stem(image: Tensor, weight: Tensor, norm: BatchNorm, behind: Tensor, *, pooled: bool) -> Tensor:
+    """behind · f(image), f = ReLU(BatchNorm(weight · image)), then 2×2 max pooling if `pooled`: [B, O, H, W].
+
+    `image` [B, K, H, W] has at most `MAX_STEM_CHANNELS` channels, is contiguous float32, and gets a gradient only with
+    fixed statistics.
+    """
+    return _Stem.apply(image, weight, norm, norm.weight, norm.bias, behind, pooled)
