@@ -10,12 +10,14 @@ Legend: B batch, C channels, H W map.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.utils import _python_dispatch
 
 from san.ops.dispatch import forced_backend
@@ -32,65 +34,117 @@ __all__ = [
     "lone_norms",
     "needs_gradients",
     "norm_pool_linear",
-    "register_part",
+    "on_own_map",
+    "register_block",
     "stem",
     "suits",
+    "takes_block",
     "takes_stem",
 ]
 
 _NORMS = (nn.BatchNorm2d, SynchronizedBatchNorm2d)
-_PARTS = (*_NORMS, nn.Conv2d, nn.ReLU, nn.Sequential, nn.Identity)
 
 
 class _Parts:
-    """The parts of a module as they were found; valid while nothing is replaced."""
+    """The parts of a module as they were found; valid while nothing is replaced.
+
+    They are held weakly: this lies in a cache, and a part's hook may well hold the whole network.
+    """
 
     def __init__(self, root: nn.Module) -> None:
-        self.modules = [(part, type(part), dict(part._modules)) for part in root.modules()]
-        # The block itself is of the caller's kind; a lone layer must be of a known one.
-        inside = self.modules[1:] or self.modules
-        self.known = all(kind in (*_PARTS, *_REGISTERED) and _is_pointwise(part) for part, kind, _ in inside)
+        named = list(root.named_modules())
+        self._found = [(ref(part), type(part), _children(part), _shapes(part)) for _, part in named]
+        self._known = all(_plays_its_role(name, part) for name, part in named)
+        self._known = self._known and (type(root) not in _agreements or _agreements[type(root)](root))
 
-    def unchanged(self) -> bool:
-        return all(part.__class__ is kind and part._modules == parts for part, kind, parts in self.modules)
+    def present(self) -> list[Any] | None:
+        """The parts, or None if some were replaced since."""
+        parts: list[Any] = [part() for part, *_ in self._found]
+        pairs = zip(parts, self._found, strict=True)
+        same = all(part.__class__ is kind and _children(part) == there for part, (_, kind, there, _) in pairs)
+        return parts if same else None
 
-    def silent(self) -> bool:
-        """Whether no hook and no replaced `forward` hears or changes what the parts compute."""
-        return not any(
-            part._forward_hooks
-            or part._forward_pre_hooks
-            or part._backward_hooks
-            or part._backward_pre_hooks
-            or "forward" in part.__dict__
-            for part, _, _ in self.modules
-        )
+    def are_plain(self, parts: list[Any]) -> bool:
+        """Whether the parts' tensors, of the declared sizes, tell all that the parts do."""
+        shapes = (shapes for *_, shapes in self._found)
+        return self._known and not any(map(_is_heard, parts)) and all(map(_has_tensors, parts, shapes))
 
 
-_REGISTERED: list[type] = []
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("bn1", "bn2"), _NORMS),
+    **dict.fromkeys(("conv", "conv1", "conv2", "conv3", "conv_p"), (nn.Conv2d,)),
+    "conv_w": (nn.Sequential,),
+    "drop_path": (nn.Identity,),
+}
+_LAYER = (_NORMS, (nn.ReLU,), (nn.Conv2d,))
+_agreements: dict[type, Callable[[Any], bool]] = {}
 _known: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
+def _children(part: Any) -> dict[str, int]:
+    return {name: id(child) for name, child in part._modules.items()}
+
+
+def _shapes(part: Any) -> dict[str, tuple[int, ...]]:
+    """What kernels take the shapes of a part's tensors to be."""
+    if type(part) is nn.Conv2d:
+        return {"weight": (part.out_channels, part.in_channels, 1, 1), "bias": (part.out_channels,)}
+    if type(part) in _NORMS:
+        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (part.num_features,))
+    return {}
+
+
+def _plays_its_role(name: str, part: Any) -> bool:
+    *_, last = name.split(".")
+    if last.isdigit():
+        kinds = _LAYER[int(last) % 3]
+    else:
+        kinds = _KINDS.get(last, (*_NORMS, nn.Conv2d, *_agreements) if not last else ())
+    return type(part) in kinds and (type(part) is not nn.Conv2d or _is_pointwise(part))
+
+
 def _is_pointwise(part: Any) -> bool:
-    if type(part) is not nn.Conv2d:
-        return True
     return (part.kernel_size, part.stride, part.padding, part.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def register_part(*kinds: type) -> None:
-    """Let blocks with parts of these classes be fused, where the caller knows that they do what is expected of them."""
-    _REGISTERED.extend(kinds)
+def _is_heard(part: Any) -> bool:
+    """Whether a hook or a replaced `forward` hears or changes what a part computes."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return bool(hooks) or "forward" in part.__dict__
+
+
+def _has_tensors(part: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a part holds its tensors itself, as kernels read them."""
+    held = {**part._parameters, **part._buffers} if shapes else {}
+    for name, shape in shapes.items():
+        if name not in held:
+            return False
+        x = held[name]
+        if x is not None and not (x.shape == shape and _is_single(x)):
+            return False
+    return True
+
+
+def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[type, ...]) -> None:
+    """Let blocks of a class be fused, whose own `parts` are of these classes, and whose parts' sizes `agrees`."""
+    _agreements[kind] = agrees
+    for name, kinds in parts.items():
+        _KINDS[name] = (*_KINDS.get(name, ()), *kinds)
 
 
 def is_plain(root: nn.Module) -> bool:
-    """Whether a module's parts are pointwise convolutions, BatchNorm and ReLU whose tensors tell all that they do."""
+    """Whether a block, pointwise convolution or BatchNorm does only what its parts' tensors tell."""
     found = _known.get(root)
-    if found is None or not found.unchanged():
+    parts = found.present() if found else None
+    if found is None or parts is None:
         found = _known[root] = _Parts(root)
-    return found.known and found.silent() and all(map(_is_single, root.parameters()))
+        parts = found.present()
+    return parts is not None and found.are_plain(parts)
 
 
 def _is_single(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    usual = x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+    return usual and type(x) in (nn.Parameter, Tensor)
 
 
 def suits(x: Tensor) -> bool:
@@ -132,7 +186,22 @@ def _norm(layer: Any) -> Norm:
     return Norm(parameters["weight"], parameters["bias"], *statistics, layer.eps)
 
 
-def attention_block(block: Any, x: Tensor) -> Tensor:
+def takes_block(block: Any, x: Tensor) -> bool:
+    """Whether `attention_block` does what a block would."""
+    if not (suits(x) and x.is_contiguous() and type(block) in _agreements and is_plain(block)):
+        return False
+    drops = type(block.drop_path) is not nn.Identity and block.drop_path.training
+    return not drops and x.shape[1] == block.bn1.num_features
+
+
+def on_own_map(block: Any, x: Tensor) -> Tensor:
+    """block(x) of a `SelfAttentionBlock` for a map that nobody else holds: without gradients, in the map's memory."""
+    if takes_block(block, x) and not needs_gradients(x, block):
+        return attention_block(block, x, in_place=True)
+    return block(x)
+
+
+def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor:
     """x + conv(ReLU(bn2(sam(ReLU(bn1(x)))))) of a `SelfAttentionBlock` that is plain, for a contiguous x."""
     sam, layers = block.sam, [_linear(layer) for layer in block.sam.transformations_of_input()]
     if needs_gradients(x, block):
@@ -141,7 +210,7 @@ def attention_block(block: Any, x: Tensor) -> Tensor:
         return norm_products(y, BatchNorm.of(block.bn2), [_linear(block.conv)], residual=x)[0]
     before, behind, *gamma = fold([(_norm(block.bn1), None), (_norm(block.bn2), None), *sam.norms_to_fold()])
     y = sam.attend_folded(*sam.arranged(products(x, layers, norm=before)), gamma)
-    return products(y, [_linear(block.conv)], norm=behind, residual=x)[0]
+    return products(y, [_linear(block.conv)], norm=behind, residual=x, output=x if in_place else None)[0]
 
 
 def chained_norms(parts: Any) -> list[tuple[Norm, Linear | None]]:
@@ -157,20 +226,40 @@ def lone_norms(parts: Any) -> list[tuple[Norm, Linear | None]]:
 
 def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tensor:
     """layer(pool(ReLU(norm(x)))), where one stage ends and the next begins."""
+    # What a block of the user's own makes may be any map.
+    if not (suits(x) and _follows(norm, layer) and x.shape[1] == norm.num_features):
+        return _pooled_linear(layer, norm(x), pooled=pooled)
+    x = x.contiguous()
     if needs_gradients(x, norm, layer):
         return norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
     (folded,) = fold([(_norm(norm), None)])
     return products(x, [_linear(layer)], norm=folded, pooled=pooled)[0]
 
 
+def _follows(norm: Any, layer: Any, *, before: bool = False) -> bool:
+    """Whether a BatchNorm and the Linear behind it, or before it, are of the kinds and sizes that go together."""
+    if type(norm) not in _NORMS or type(layer) is not nn.Conv2d:
+        return False
+    return norm.num_features == (layer.out_channels if before else layer.in_channels)
+
+
+def _pooled_linear(layer: Any, x: Tensor, *, pooled: bool) -> Tensor:
+    x = F.relu(x)
+    return layer(F.max_pool2d(x, 2) if pooled else x)
+
+
 def takes_stem(convolution: Any, norm: nn.Module, image: Tensor) -> bool:
     """Whether `stem` does: few image channels, and no gradient of the image through a batch's statistics."""
+    if not _follows(norm, convolution, before=True) or image.shape[1] != convolution.in_channels:
+        return False
     dense = image.requires_grad and torch.is_grad_enabled() and (norm.training or norm.running_mean is None)
     return convolution.in_channels <= MAX_STEM_CHANNELS and convolution.bias is None and not dense
 
 
 def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool) -> Tensor:
     """layer(pool(ReLU(norm(convolution(image)))))."""
+    if not _follows(norm, layer) or layer.bias is not None:
+        return _pooled_linear(layer, norm(convolution(image)), pooled=pooled)
     if needs_gradients(image, convolution, norm, layer):
         return training_stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
     (folded,) = fold([(_norm(norm), _linear(convolution))])

@@ -262,7 +262,6 @@ class ScalarAttention(_Attention):
 
 
 ATTENTIONS = {"pairwise": PairwiseAttention, "patchwise": PatchwiseAttention, "scalar": ScalarAttention}
-fused.register_part(*ATTENTIONS.values(), DropPath)
 
 
 class SelfAttentionBlock(nn.Module):
@@ -303,11 +302,28 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] → [B, channels, H, W]."""
-        drops = self.training and isinstance(self.drop_path, DropPath)
-        if not drops and fused.suits(x) and x.is_contiguous() and fused.is_plain(self):
+        if fused.takes_block(self, x):
             return fused.attention_block(self, x)
         y = self.sam(F.relu(self.bn1(x)))
         return x + self.drop_path(self.conv(F.relu(self.bn2(y))))
+
+
+def _widths_agree(block: SelfAttentionBlock) -> bool:
+    """Whether the parts, which may have been replaced, have the sizes that the block gave them."""
+    sam: Any = block.sam
+    layers: Any = sam.transformations_of_input()
+    query, key, value = sam.arranged([layer.out_channels for layer in layers])
+    channels = {block.bn1.num_features, block.conv.out_channels, *(layer.in_channels for layer in layers)}
+    gamma = [(norm.num_features, layer) for norm, layer in zip(sam.conv_w[0::3], sam.conv_w[2::3], strict=True)]
+    taken, given = [width for width, _ in gamma], [layer.out_channels for _, layer in gamma]
+    return (
+        len(channels) == 1
+        and query == key == sam.relation_channels
+        and value == sam.out_channels == block.bn2.num_features == block.conv.in_channels
+    )
+
+
+fused.register_block(SelfAttentionBlock, _widths_agree, sam=tuple(ATTENTIONS.values()), drop_path=(DropPath,))
 
 
 def _check_options(attention: str, options: dict[str, Any]) -> None:

@@ -135,7 +135,8 @@ class SAN(nn.Module):
         """The same as stem and stages, where a stage's end, the pooling and the next stage's begin are one product."""
         x = fused.stem(self.conv_in, self.bn_in, self.conv0, x.contiguous(), pooled=self.pools[0])
         for stage, pool in enumerate([*self.pools[1:], False]):
-            x = self._blocks(stage, x)
+            for block in self.get_submodule(f"layer{stage}").children():
+                x = _recomputed(block, x) if self.grad_checkpointing else fused.on_own_map(block, x)
             norm: Any = self._modules[f"bn{stage}"]
             following = self._modules.get(f"conv{stage + 1}")
             x = F.relu(norm(x)) if following is None else fused.norm_pool_linear(norm, following, x, pooled=pool)

@@ -2,7 +2,8 @@
 
 `load` returns None where no library runs: SAN was installed without a compiler, or for another machine. Nothing fails
 then; `announce_absence` tells the user. In an editable install the library is compiled again first if one of its
-sources is newer: here, and not when `san` is imported, so that imports stay free of cost and of output.
+sources is newer: here, and not when `san` is imported, so that imports stay free of cost and of output. The environment
+variable SAN_NATIVE_LIBRARY names another build of the library to load as it is, for instance that of `make sanitize`.
 """
 
 from __future__ import annotations
@@ -93,11 +94,16 @@ def announce_absence() -> None:
 @cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or the reason why there is none."""
-    paths = [path for folder in native.__path__ if (path := Path(folder) / _FILE).is_file()]
+    chosen = os.environ.get("SAN_NATIVE_LIBRARY")
+    paths = [Path(chosen)] if chosen else [Path(folder) / _FILE for folder in native.__path__]
+    paths = [path for path in paths if path.is_file()]
+    if not paths and chosen:
+        raise UserError(f"SAN_NATIVE_LIBRARY is {chosen!r}, which is no file")
     if not paths:
         return None, "SAN was installed without them; to have them, install it again where GCC or Clang is present"
     try:
-        _refresh(paths[0])
+        if not chosen:
+            _refresh(paths[0])
     except (OSError, subprocess.CalledProcessError) as error:
         return None, f"their sources have changed, and compiling them failed ({error}); install SAN again to see why"
     try:

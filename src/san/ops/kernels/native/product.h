@@ -28,6 +28,7 @@ struct Product {
     Start start;
     Finish finish;
     int64_t added = 0;  // what ADD adds lies this many floats behind the output
+    bool far = false;   // the output lies in memory rather than in the core's cache: fetched while the sums are made
 };
 
 template <int ROWS, int VECTORS>
@@ -39,11 +40,12 @@ __attribute__((noinline)) void product_tile(const Product &p, int64_t row, const
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++)
             sum[r][v] = p.start & BIAS ? broadcast(p.bias[row + r]) : Vector{};
-    if (p.start & ADD)
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(out + p.added + (row + r) * out_stride + v * LANES);
+    for (int r = 0; p.far && r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            const float *to = out + (row + r) * out_stride + v * LANES;
+            __builtin_prefetch(to, 1);
+            if (p.start & ADD) __builtin_prefetch(to + p.added);
+        }
     const float *weight = p.weight + row * p.weight_stride;
     for (int64_t d = 0; d < p.depth; d++) {
         Vector x[VECTORS];
@@ -56,6 +58,12 @@ __attribute__((noinline)) void product_tile(const Product &p, int64_t row, const
             for (int v = 0; v < VECTORS; v++) sum[r][v] += w * x[v];
         }
     }
+    // Added last, when what was fetched has come.
+    if (p.start & ADD)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += load(out + p.added + (row + r) * out_stride + v * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8

@@ -1,12 +1,11 @@
 // The pool behind workspace.h: compiled once, shared by all instruction sets and threads.
 
-#include <stdint.h>
+#include "workspace.h"
+
 #include <stdlib.h>
 
 extern "C" {
 
-void *san_acquire(size_t bytes);
-void san_release(void *block);
 __attribute__((visibility("default"))) int64_t san_native_bytes(void);
 __attribute__((visibility("default"))) void san_release_memory(void);
 
@@ -22,7 +21,12 @@ struct Header {
 };
 static_assert(sizeof(Header) == 64, "keeps blocks on cache lines");
 
-constexpr size_t KEPT_BYTES = size_t(256) << 20;
+#ifdef SAN_SANITIZE
+// Every call gets a fresh block that ends where its last piece does.
+constexpr size_t KEPT_BYTES = 0, STEP_BYTES = 64;
+#else
+constexpr size_t KEPT_BYTES = size_t(256) << 20, STEP_BYTES = 4096;
+#endif
 Header *idle = nullptr;
 size_t idle_bytes = 0, total_bytes = 0;
 bool taken = false;
@@ -55,10 +59,11 @@ void *san_acquire(size_t bytes) {
         Lock lock;
         if (Header *block = reused(bytes)) return block + 1;
     }
-    bytes = (bytes + 4095) / 4096 * 4096;
+    bytes = (bytes + STEP_BYTES - 1) / STEP_BYTES * STEP_BYTES;
     Header *block = static_cast<Header *>(aligned_alloc(64, bytes + sizeof(Header)));
     if (!block) return nullptr;
     block->bytes = bytes;
+    forbid(block, sizeof(Header));
     Lock lock;
     total_bytes += bytes;
     return block + 1;
@@ -66,6 +71,7 @@ void *san_acquire(size_t bytes) {
 
 void san_release(void *start) {
     Header *block = static_cast<Header *>(start) - 1;
+    allow(block, sizeof(Header));
     {
         Lock lock;
         if (idle_bytes + block->bytes <= KEPT_BYTES) {

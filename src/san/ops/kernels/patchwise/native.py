@@ -56,7 +56,7 @@ def _hidden(
 
 @_hidden.register_fake
 def _fake_hidden(query: Tensor, key: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(len(query), len(weight), *output_size(query, rest[-1]))
+    return query.new_empty(query.shape[0], len(weight), *output_size(query, rest[-1]))
 
 
 @torch.library.custom_op("san::patchwise_hidden_backward", mutates_args=())

@@ -18,7 +18,8 @@ struct Arguments : Input {
     const float *residual;
 };
 
-constexpr int64_t GROUP = 6;  // vectors of a panel's row
+constexpr int64_t MAX_GROUP = 24;  // vectors of a panel's row
+constexpr int64_t AHEAD = 4;       // channels between the one being read and the one being fetched
 
 // A tile of one channel, or the four tiles that pooling compares.
 struct Reader {
@@ -43,32 +44,30 @@ struct Reader {
                 x[2 * y + 1] = every_second(low, high, 1);
                 continue;
             }
+            Vector even{}, odd{};
             for (int lane = 0; lane < LANES; lane++) {
                 const float *at = from + tile.image[lane] * image_stride + tile.centre[lane];
-                x[2 * y][lane] = at[0];
-                x[2 * y + 1][lane] = at[1];
+                even[lane] = at[0];
+                odd[lane] = at[1];
             }
+            x[2 * y] = even;
+            x[2 * y + 1] = odd;
         }
     }
 };
 
-void fill_plain(const Arguments &a, const Tile &tile, float *panel, int64_t stride) {
+// One channel of a tile, normalised, rectified and pooled.
+Vector read(const Arguments &a, const Reader &reader, int64_t c) {
     int64_t size = a.height * a.width;
-    Reader reader(a, tile);
-    for (int64_t c = 0; c < a.channels; c++) {
-        const float *channel = a.input + c * size;
-        Vector x;
-        if (a.pooled) {
-            Vector four[4];
-            reader.four(channel, a.channels * size, four);
-            for (int i = 0; a.scale && i < 4; i++) four[i] = four[i] * a.scale[c] + a.shift[c];
-            x = largest(four);
-        } else {
-            x = reader.plain(channel, a.channels * size);
-            if (a.scale) x = x * a.scale[c] + a.shift[c];
-        }
-        store(panel + c * stride, a.scale ? rectified(x) : x);
+    const float *channel = a.input + c * size;
+    if (!a.pooled) {
+        Vector x = reader.plain(channel, a.channels * size);
+        return a.scale ? rectified(x * a.scale[c] + a.shift[c]) : x;
     }
+    Vector four[4];
+    reader.four(channel, a.channels * size, four);
+    for (int i = 0; a.scale && i < 4; i++) four[i] = four[i] * a.scale[c] + a.shift[c];
+    return a.scale ? rectified(largest(four)) : largest(four);
 }
 
 // The stem: image → Linear with BatchNorm folded in → ReLU → pooling, pixel by pixel of the pooled map.
@@ -91,47 +90,58 @@ void fill_stem(const Arguments &a, const Tile &tile, float *panel, int64_t strid
     }
 }
 
-// Columns of one task: up to GROUP tiles, and whether their output lies one behind the other.
+// Columns of one task: up to `most` tiles, and whether their output lies one behind the other.
 struct Group {
     int64_t first, count;
     bool contiguous;
 
-    Group(const Footprint &f, int64_t index) : first(index * GROUP) {
-        count = smaller(GROUP, f.tiles() - first);
+    Group(const Footprint &f, int64_t index, int64_t most) : first(index * most) {
+        count = smaller(most, f.tiles() - first);
         int64_t start = first * LANES, stop = (first + count) * LANES, size = f.rows * f.columns;
         contiguous = stop <= f.pixels && start / size == (stop - 1) / size;
     }
 };
 
-void fill(const Arguments &a, const Footprint &f, const Group &group, float *panel) {
-    for (int64_t v = 0; v < group.count; v++) {
-        Tile tile(f, group.first + v);
-        if (a.stem_channels) fill_stem(a, tile, panel + v * LANES, GROUP * LANES);
-        else fill_plain(a, tile, panel + v * LANES, GROUP * LANES);
+// As many vectors as leave a panel in the core's second cache; long runs of a channel are what memory is quick at.
+int64_t group_size(const Arguments &a) { return larger(6, smaller(24, 4096 / larger(a.channels, 1) / 3 * 3)); }
+
+// Channels are the outer loop: a group's pixels of one channel lie side by side, those of the next far away.
+void fill(const Arguments &a, const Footprint &f, const Group &group, float *panel, int64_t stride) {
+    Tile tiles[MAX_GROUP];
+    for (int64_t v = 0; v < group.count; v++) tiles[v] = Tile(f, group.first + v);
+    for (int64_t v = 0; a.stem_channels && v < group.count; v++) fill_stem(a, tiles[v], panel + v * LANES, stride);
+    if (a.stem_channels) return;
+    const float *next = a.input + tiles[0].image[0] * a.channels * a.height * a.width + tiles[0].centre[0];
+    for (int64_t c = 0; c < a.channels; c++) {
+        for (int64_t v = 0; c + AHEAD < a.channels && group.contiguous && v < group.count; v++)
+            __builtin_prefetch(next + (c + AHEAD) * a.height * a.width + v * LANES);
+        for (int64_t v = 0; v < group.count; v++)
+            store(panel + c * stride + v * LANES, read(a, Reader(a, tiles[v]), c));
     }
 }
 
 // Rows [row, row + rows) of product `n` for one group's columns.
 void multiply(const Arguments &a, const Footprint &f, const Group &group, const float *panel, int64_t n, int64_t row,
-              int64_t rows, float *room) {
+              int64_t rows, int64_t stride, float *room) {
     int64_t size = f.rows * f.columns, at = group.first * LANES, image_stride = a.given[n] * size;
     const float *residual = n == 0 ? a.residual : nullptr, *bias = a.bias[n];
     Product p{a.weight[n] + row * a.channels, a.channels, bias ? bias + row : nullptr, rows, a.channels,
               bias ? BIAS : ZERO, PLAIN};
     if (group.contiguous) {
         float *out = a.output[n] + (at / size * a.given[n] + row) * size + at % size;
+        p.far = true;
         if (residual) {
             p.start = bias ? BIAS_AND_ADD : ADD;
             p.added = residual - a.output[n];
         }
-        product(p, panel, GROUP * LANES, out, size, group.count);
+        product(p, panel, stride, out, size, group.count);
         return;
     }
-    product(p, panel, GROUP * LANES, room, GROUP * LANES, group.count);
+    product(p, panel, stride, room, stride, group.count);
     for (int64_t v = 0; v < group.count; v++) {
         Tile tile(f, group.first + v);
         for (int64_t r = 0; r < rows; r++) {
-            Vector x = load(room + r * GROUP * LANES + v * LANES);
+            Vector x = load(room + r * stride + v * LANES);
             int64_t channel = (row + r) * size;
             if (residual) x += at_outputs(tile, residual + channel, image_stride);
             set_outputs(tile, a.output[n] + channel, image_stride, x);
@@ -141,10 +151,10 @@ void multiply(const Arguments &a, const Footprint &f, const Group &group, const 
 
 // Rows [row, stop) of all products, one behind the other.
 void multiply_all(const Arguments &a, const Footprint &f, const Group &group, const float *panel, int64_t row,
-                  int64_t stop, float *room) {
+                  int64_t stop, int64_t stride, float *room) {
     for (int64_t n = 0, start = 0; n < MAX_PRODUCTS; start += a.given[n++]) {
         int64_t first = larger(row, start), last = smaller(stop, start + a.given[n]);
-        if (first < last) multiply(a, f, group, panel, n, first - start, last - first, room);
+        if (first < last) multiply(a, f, group, panel, n, first - start, last - first, stride, room);
     }
 }
 
@@ -165,25 +175,26 @@ int forward(const Arguments &a) {
     Footprint f = pixels_of(a);
     if (!fits(a, f)) return WRONG_SIZES;
     int64_t given = a.given[0] + a.given[1] + a.given[2], threads = larger(1, a.threads);
-    int64_t groups = (f.tiles() + GROUP - 1) / GROUP, rows = chunk_rows(given, threads, groups);
+    int64_t most = group_size(a), stride = most * LANES;
+    int64_t groups = (f.tiles() + most - 1) / most, rows = chunk_rows(given, threads, groups);
     int64_t chunks = (given + rows - 1) / rows;
     Workspace sizes;
-    sizes.take<float>(a.channels * GROUP * LANES);
-    sizes.take<float>(rows * GROUP * LANES);
+    sizes.take<float>(a.channels * stride);
+    sizes.take<float>(rows * stride);
     Block block(threads * sizes.used());
     if (!block.start) return OUT_OF_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         Workspace space(static_cast<char *>(block.start) + thread_number() * sizes.used());
-        float *panel = space.take<float>(a.channels * GROUP * LANES), *room = space.take<float>(rows * GROUP * LANES);
+        float *panel = space.take<float>(a.channels * stride), *room = space.take<float>(rows * stride);
         int64_t filled = -1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < groups * chunks; task++) {
-            Group group(f, task / chunks);
-            if (filled != task / chunks) fill(a, f, group, panel);
+            Group group(f, task / chunks, most);
+            if (filled != task / chunks) fill(a, f, group, panel, stride);
             filled = task / chunks;
             int64_t row = task % chunks * rows;
-            multiply_all(a, f, group, panel, row, smaller(given, row + rows), room);
+            multiply_all(a, f, group, panel, row, smaller(given, row + rows), stride, room);
         }
     }
     return DONE;

@@ -74,15 +74,19 @@ def products(
     pooled: bool = False,
     stem: Affine | None = None,
     residual: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> list[Tensor]:
     """W·f(x) + b of up to three Linears, x [B, C, H, W] contiguous float32 → [B, O, H, W] each.
 
     f is ReLU(scale·x + shift) with a `norm`, then 2×2 max pooling if `pooled`. With a `stem`, whose scale is a weight
-    [C, image channels], f is ReLU(scale·x + shift) of an image x, pooled likewise. `residual` is added to the first.
+    [C, image channels], f is ReLU(scale·x + shift) of an image x, pooled likewise. `residual` is added to the first,
+    which goes to `output` if given; that may be the residual itself.
     """
     batch, channels, height, width = x.shape
     size = (height // 2, width // 2) if pooled else (height, width)
-    outputs = [x.new_empty(batch, linear.weight.shape[0], *size) for linear in linears]
+    made = linears if output is None else linears[1:]
+    outputs = [x.new_empty(batch, linear.weight.shape[0], *size) for linear in made]
+    outputs = outputs if output is None else [output, *outputs]
     room = [0] * (_MAX_PRODUCTS - len(linears))
     scale, shift = stem or norm or (None, None)
     operators.call(
