@@ -52,7 +52,8 @@ class _Parts:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        named = list(root.named_modules())
+        # A part may stand in several places.
+        named = list(root.named_modules(remove_duplicate=False))
         self._found = [(ref(part), type(part), _children(part), _shapes(part)) for _, part in named]
         self._known = all(_plays_its_role(name, part) for name, part in named)
         self._known = self._known and (type(root) not in _agreements or _agreements[type(root)](root))
@@ -77,12 +78,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "drop_path": (nn.Identity,),
 }
 _LAYER = (_NORMS, (nn.ReLU,), (nn.Conv2d,))
+_TENSORS = (nn.Parameter, Tensor)
 _agreements: dict[type, Callable[[Any], bool]] = {}
 _known: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
-def _children(part: Any) -> dict[str, int]:
-    return {name: id(child) for name, child in part._modules.items()}
+def _children(part: Any) -> dict[str, int] | None:
+    return {name: id(child) for name, child in part._modules.items()} if part._modules else None
 
 
 def _shapes(part: Any) -> dict[str, tuple[int, ...]]:
@@ -115,14 +117,20 @@ def _is_heard(part: Any) -> bool:
 
 def _has_tensors(part: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether a part holds its tensors itself, as kernels read them."""
-    held = {**part._parameters, **part._buffers} if shapes else {}
+    parameters, buffers = part._parameters, part._buffers
     for name, shape in shapes.items():
+        held = parameters if name in parameters else buffers
         if name not in held:
             return False
-        x = held[name]
-        if x is not None and not (x.shape == shape and _is_single(x)):
+        if held[name] is not None and not _is_readable(held[name], shape):
             return False
     return True
+
+
+def _is_readable(x: Tensor, shape: tuple[int, ...]) -> bool:
+    # Asked for every tensor at every call: `x.device` takes three times as long as `x.is_cpu`.
+    usual = type(x) in _TENSORS and x.is_cpu and x.dtype is torch.float32
+    return usual and x.shape == shape and x.is_contiguous()
 
 
 def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[type, ...]) -> None:
@@ -140,11 +148,6 @@ def is_plain(root: nn.Module) -> bool:
         found = _known[root] = _Parts(root)
         parts = found.present()
     return parts is not None and found.are_plain(parts)
-
-
-def _is_single(x: Tensor) -> bool:
-    usual = x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
-    return usual and type(x) in (nn.Parameter, Tensor)
 
 
 def suits(x: Tensor) -> bool:
@@ -195,10 +198,12 @@ def takes_block(block: Any, x: Tensor) -> bool:
 
 
 def on_own_map(block: Any, x: Tensor) -> Tensor:
-    """block(x) of a `SelfAttentionBlock` for a map that nobody else holds: without gradients, in the map's memory."""
+    """block(x) for a map that nobody else holds, as another such map; without gradients it is made in x's memory."""
     if takes_block(block, x) and not needs_gradients(x, block):
         return attention_block(block, x, in_place=True)
-    return block(x)
+    y = block(x)
+    # What a module gave, it or its hooks may have kept; with gradients nobody writes to it.
+    return y if y.requires_grad else y.clone()
 
 
 def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor:

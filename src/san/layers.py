@@ -151,7 +151,8 @@ class PairwiseAttention(_Attention):
             raise UserError(f"position {position!r} is unknown; choose one of: {', '.join(POSITION_WIDTHS)}")
         self.relation, self.position = relation, position
         width = found.width(self.relation_channels, self.footprint.places) + POSITION_WIDTHS[position]
-        self.conv_w = _mapping(mapping, width, self.relation_channels, _groups(out_channels, share))
+        self.mapping_widths = width, _groups(out_channels, share)
+        self.conv_w = _mapping(mapping, width, self.relation_channels, self.mapping_widths[1])
         if position != "none":
             self.conv_p = nn.Conv2d(2, 2, 1)
 
@@ -206,7 +207,8 @@ class PatchwiseAttention(_Attention):
         found = find_relation("patchwise", relation)
         self.relation = relation
         places, groups = self.footprint.places, _groups(out_channels, share)
-        self.conv_w = _mapping(mapping, found.width(self.relation_channels, places), groups, groups * places)
+        self.mapping_widths = found.width(self.relation_channels, places), groups * places
+        self.conv_w = _mapping(mapping, self.mapping_widths[0], groups, groups * places)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """y, from what the transformations give."""
@@ -314,13 +316,22 @@ def _widths_agree(block: SelfAttentionBlock) -> bool:
     layers: Any = sam.transformations_of_input()
     query, key, value = sam.arranged([layer.out_channels for layer in layers])
     channels = {block.bn1.num_features, block.conv.out_channels, *(layer.in_channels for layer in layers)}
-    gamma = [(norm.num_features, layer) for norm, layer in zip(sam.conv_w[0::3], sam.conv_w[2::3], strict=True)]
-    taken, given = [width for width, _ in gamma], [layer.out_channels for _, layer in gamma]
     return (
         len(channels) == 1
         and query == key == sam.relation_channels
         and value == sam.out_channels == block.bn2.num_features == block.conv.in_channels
+        and (isinstance(sam, ScalarAttention) or _gamma_agrees(sam.conv_w, *sam.mapping_widths))
     )
+
+
+def _gamma_agrees(parts: Any, width: int, given: int) -> bool:
+    if not parts or len(parts) % 3 or len(parts) > 3 * max(MAPPINGS.values()):
+        return False
+    for norm, layer in zip(parts[0::3], parts[2::3], strict=True):
+        if not norm.num_features == layer.in_channels == width:
+            return False
+        width = layer.out_channels
+    return width == given
 
 
 fused.register_block(SelfAttentionBlock, _widths_agree, sam=tuple(ATTENTIONS.values()), drop_path=(DropPath,))

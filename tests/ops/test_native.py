@@ -6,7 +6,7 @@ import multiprocessing
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from san import ops
 from san.ops import dispatch
-from san.ops.cases import CASES, Problem
-from san.ops.kernels.native import library
+from san.ops.cases import CASES, LAYOUTS, Problem
+from san.ops.kernels.native import library, operators
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the native library is not installed")
 
@@ -35,6 +35,12 @@ def results(problem: Problem) -> list[Tensor]:
         y = getattr(ops, problem.operator)(*problem.arguments, **problem.options)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     return [y, *torch.autograd.grad(y, list(problem.tensors.values()), cotangent)]
+
+
+@pytest.fixture(autouse=True)
+def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small calls, too, run on all threads."""
+    monkeypatch.setattr(operators, "GRAIN", 1)
 
 
 @pytest.fixture
@@ -158,8 +164,142 @@ def test_says_why_it_refuses(case: Any) -> None:
         getattr(ops, case.operator)(*problem.arguments, **problem.options)
 
 
-def test_a_kernel_called_with_wrong_sizes_refuses() -> None:
-    """The library trusts nobody: a call whose arguments are not those of the kernel does not run."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH_FORM
+def test_any_layout_gives_the_same(case: Any, layout: str) -> None:
+    """Inputs and the gradient that comes in; outputs and gradients against the reference."""
+    small, found = replace(case, height=7, width=6), {}
+    for backend, dtype in (("native", torch.float32), ("reference", torch.float64)):
+        problem = small.build(dtype)
+        maps = [LAYOUTS[layout](x) if isinstance(x, Tensor) else x for x in problem.arguments]
+        with ops.use_backend(backend):
+            y = getattr(ops, case.operator)(*maps, **problem.options)
+        cotangent = LAYOUTS[layout](torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+        found[backend] = [y, *torch.autograd.grad(y, list(problem.tensors.values()), cotangent)]
+    largest = max(x.abs().max().item() for x in found["reference"])
+    for got, exact in zip(*found.values(), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * largest)
+
+
+@EACH_FORM
+def test_views_may_be_leaves(case: Any) -> None:
+    problem, wanted = case.build(torch.float32), case.build(torch.float32)
+    wide = [torch.nn.functional.pad(x.detach(), (1, 1)) if isinstance(x, Tensor) else x for x in problem.arguments]
+    maps = [x[..., 1:-1].requires_grad_() if isinstance(x, Tensor) else x for x in wide]
+    with ops.use_backend("native"):
+        getattr(ops, case.operator)(*maps, **problem.options).sum().backward()
+        getattr(ops, case.operator)(*wanted.arguments, **wanted.options).sum().backward()
+    for x, expected in zip(maps, wanted.arguments, strict=True):
+        assert not isinstance(x, Tensor) or torch.equal(x.grad, expected.grad)
+
+
+@EACH_FORM
+def test_nothing_in_gives_nothing_out(case: Any) -> None:
+    y, *gradients = results(replace(case, batch=0).build(torch.float32))
+    assert y.shape[0] == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.long, lambda x: x.to("meta"), lambda x: x[..., :0], lambda x: x[0]])
+@EACH_FORM
+def test_maps_that_are_none_are_refused(case: Any, spoil: Any) -> None:
+    """Integers, another device, no pixels, no batch."""
+    problem = case.build(torch.float32)
+    maps = [spoil(x.detach()) if isinstance(x, Tensor) else x for x in problem.arguments]
+    with ops.use_backend("native"), pytest.raises(ValueError, match=r"must be|runs on the CPU"):
+        getattr(ops, case.operator)(*maps, **problem.options)
+
+
+class Size(NamedTuple):
+    """A size in a kernel's arguments, and whether it may be 0."""
+
+    value: int
+    zero: bool = False
+
+
+FREE, ROOM = 0, None  # what may be anything; the address of a tensor
+GEOMETRY = [Size(1), *map(Size, (2, 5, 6, 3, 1, 1)), FREE]  # threads, batch, map, kernel, stride, dilation, zeros
+INPUT = [Size(1), *map(Size, (2, 4, 5, 6)), FREE, Size(0, zero=True), *[ROOM] * 4]
+GIVEN = [Size(3), Size(2, zero=True), Size(0, zero=True)]
+RELATION = [Size(0, zero=True), Size(0, zero=True), Size(4)]
+LAYERS = Size(1, zero=True)
+PAIRWISE = [*GEOMETRY, *RELATION, Size(8), Size(2), Size(1), *[ROOM] * 6, Size(4), Size(2), *[FREE] * 3, *[ROOM] * 28]
+MOMENTS = [*GEOMETRY, *RELATION, FREE, FREE, LAYERS, ROOM, ROOM, FREE, *[ROOM] * 3, Size(4), *[FREE] * 4, *[ROOM] * 28]
+HIDDEN = [*GEOMETRY, Size(4), Size(4, zero=True), Size(2), *[ROOM] * 14]
+OUTPUT = [*GEOMETRY, *map(Size, (2, 2, 8)), *[ROOM] * 14]
+STAR = [*GEOMETRY, Size(4), *[ROOM] * 6]
+KERNELS: dict[str, list[Any]] = {
+    "aggregation_forward": [*GEOMETRY, Size(8), Size(2), *[ROOM] * 6],
+    "aggregation_backward": [*GEOMETRY, Size(8), Size(2), *[ROOM] * 6],
+    "pairwise_forward": PAIRWISE,
+    "pairwise_backward": PAIRWISE,
+    "pairwise_moments": MOMENTS,
+    "pairwise_moments_backward": MOMENTS,
+    "patchwise_hidden": HIDDEN,
+    "patchwise_hidden_backward": HIDDEN,
+    "patchwise_output": OUTPUT,
+    "patchwise_output_backward": OUTPUT,
+    "patchwise_moments": [*GEOMETRY, Size(4), Size(4, zero=True), *[ROOM] * 8],
+    "patchwise_moments_backward": [*GEOMETRY, Size(4), Size(4, zero=True), *[ROOM] * 8],
+    "patchwise_star": STAR,
+    "patchwise_star_backward": STAR,
+    "pointwise_forward": [*INPUT, *GIVEN, *[ROOM] * 10],
+    "pointwise_backward": [*INPUT, *GIVEN, *[ROOM] * 15],
+    "fold": [Size(1), Size(4, zero=True), *[ROOM] * 4, FREE, Size(3, zero=True), *[ROOM] * 4, *[FREE] * 55],
+    "channel_moments": [*map(Size, (1, 2, 3, 30)), *[ROOM] * 3],
+    "image_moments": [*map(Size, (1, 2, 3, 30)), *[ROOM] * 3],
+    "norm_input_gradient": [*map(Size, (1, 2, 3, 30)), *[ROOM] * 6],
+}
+
+
+def called(kernel: str, changes: dict[int, int]) -> None:
+    """Call a kernel on its arguments of above with some of them changed."""
+    loaded, room = library.load(), torch.zeros(100_000)
+    assert loaded is not None
+    values = [room.data_ptr() if x is ROOM else x.value if isinstance(x, Size) else x for x in KERNELS[kernel]]
+    loaded.call(kernel, *(changes.get(i, value) for i, value in enumerate(values)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_refuses_sizes_that_cannot_be(kernel: str) -> None:
+    """The library trusts nobody: it looks at sizes before it computes or reads anything, and never wraps around."""
+    called(kernel, {})
+    sizes = [i for i, x in enumerate(KERNELS[kernel]) if isinstance(x, Size)]
+    for i in sizes:
+        for wrong in (0, -1, 2**41 + 1, 2**62 + 1, -(2**63)):
+            if wrong or not KERNELS[kernel][i].zero:
+                with pytest.raises(ValueError, match="sizes"):
+                    called(kernel, {i: wrong})
+    for all_of_them in (2**21 + 1, 2**32, -(2**32)):
+        with pytest.raises(ValueError, match="sizes"):
+            called(kernel, dict.fromkeys(sizes[1:], all_of_them))
+
+
+@pytest.mark.parametrize("kernel", [name for name, sizes in KERNELS.items() if sizes[:8] == GEOMETRY])
+@pytest.mark.parametrize("changes", [{4: 10**6 + 1}, {4: 2}, {6: 2**40}, {4: 10**5 + 1, 6: 10**5}], ids=str)
+def test_a_kernel_refuses_footprints_that_cannot_be(kernel: str, changes: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        called(kernel, changes)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        ("aggregation_forward", {9: 3}),
+        ("pairwise_forward", {12: 3}),
+        ("pairwise_forward", {20: 5}),
+        ("patchwise_output", {9: 3}),
+        ("patchwise_hidden", {9: 5}),
+        ("image_moments", {2: 5}),
+    ],
+)
+def test_a_kernel_refuses_sizes_that_do_not_fit_one_another(kernel: str, changes: dict[int, int]) -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        called(kernel, changes)
+
+
+def test_a_kernel_called_with_other_arguments_refuses() -> None:
+    """Nor does a call whose arguments are not as many as the kernel's run."""
     loaded = library.load()
     assert loaded is not None
     with pytest.raises(ValueError, match="sizes"):

@@ -6,18 +6,20 @@ Legend: B batch, R relation width, C value channels, G weight groups, K places, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from san.ops.footprint import Footprint
 from san.ops.mapping import MAPPINGS, Mapping, MappingLayer
 from san.ops.normalization import BatchNorm
 from san.ops.relations import POSITION_WIDTHS, Position, find_relation
 
-__all__ = ["CASES", "Case", "Problem"]
+__all__ = ["CASES", "LAYOUTS", "Case", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ _GEOMETRIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("k1", {"kernel_size": 1}),
     ("k5-narrow", {"kernel_size": 5, "height": 9, "width": 3}),
     ("k7-one-pixel", {"kernel_size": 7, "height": 1, "width": 1, "batch": 3}),
+    # Sixteen lanes, of which the last two repeat a pixel: few enough for the code that takes rows' ends.
+    ("two-by-seven", {"height": 2, "width": 7, "batch": 1}),
     ("k7-two-by-three", {"kernel_size": 7, "height": 2, "width": 3}),
     ("k9-zeros", {"kernel_size": 9, "border": "zeros", "height": 5, "width": 4}),
     ("k11-dilated", {"kernel_size": 11, "dilation": 2, "height": 4, "width": 5, "batch": 1}),
@@ -214,3 +218,15 @@ def _geometry_cases() -> list[Case]:
 
 
 CASES = {case.name: case for case in (*_operator_cases(), *_geometry_cases())}
+
+# What a tensor [B, C, H, W] may look like in memory: functions that autograd sees through, to the same shape. The
+# values are the same too, but where several elements share one.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "cut": lambda x: F.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "expanded": lambda x: x[:, :, :1].expand_as(x),
+    "overlapping": lambda x: x.contiguous().as_strided(x.shape, [stride // 2 for stride in x.contiguous().stride()]),
+    "negative": lambda x: torch._neg_view(-x),
+}

@@ -13,7 +13,7 @@ struct Arguments {
     const float *gradient;
     float *value_gradient, *weight_gradient;
 
-    bool fits() const { return geometry.fits() && groups > 0 && channels > 0 && channels % groups == 0; }
+    bool fits() const { return geometry.fits(channels, groups) && channels % groups == 0; }
 };
 
 // Memory of a call: bordered maps, and every thread's weights of a tile, their gradients and the output's.

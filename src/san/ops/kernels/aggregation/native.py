@@ -62,7 +62,7 @@ def _call(
     """Call `san_aggregation_<kernel>`; the order is that of `Arguments` in native.cpp."""
     sizes = (value.shape[0], *value.shape[2:], *plan, value.shape[1], weight.shape[1])
     tensors = (value, weight, output, gradient, of_value, of_weight)
-    operators.call(f"aggregation_{kernel}", *sizes, *map(address, tensors))
+    operators.call(f"aggregation_{kernel}", *sizes, *map(address, tensors), work=value.numel() * plan[0] ** 2)
 
 
 def _remember(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -143,14 +143,15 @@ inline void scattered(const Tile &tile, float *bordered, Vector x) {
     for (int s = 0; s < tile.segments; s++) add_masked(bordered + tile.offset[s], tile.mask[s], x);
 }
 
-// Calls a template on the number of segments, which the hot loops want to know.
-#define SAN_BY_SEGMENTS(tile, function, ...)        \
-    switch ((tile).segments) {                      \
-    case 1: function<1>(__VA_ARGS__); break;        \
-    case 2: function<2>(__VA_ARGS__); break;        \
-    case 3: function<3>(__VA_ARGS__); break;        \
-    case 4: function<4>(__VA_ARGS__); break;        \
-    default: function<0>(__VA_ARGS__); break;       \
+// Calls a template on the number of segments, which the hot loops want to know; on 0 where lanes repeat a pixel, because
+// segments that share a pixel must be scattered one after the other.
+#define SAN_BY_SEGMENTS(tile, function, ...)                  \
+    switch ((tile).count < LANES ? 0 : (tile).segments) {     \
+    case 1: function<1>(__VA_ARGS__); break;                  \
+    case 2: function<2>(__VA_ARGS__); break;                  \
+    case 3: function<3>(__VA_ARGS__); break;                  \
+    case 4: function<4>(__VA_ARGS__); break;                  \
+    default: function<0>(__VA_ARGS__); break;                 \
     }
 
 // A channel of an unbordered map at the centres of a tile; `stride` is the distance between images.

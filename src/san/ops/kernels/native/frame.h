@@ -9,8 +9,12 @@ namespace {
 struct Geometry {
     int64_t threads, batch, height, width, kernel, stride, dilation, zeros;
 
-    bool fits() const {
-        return batch > 0 && height > 0 && width > 0 && kernel > 0 && kernel % 2 && stride > 0 && dilation > 0;
+    // Whether there can be maps of this many channels and their bordered copies, and attention of this many groups.
+    bool fits(int64_t channels, int64_t groups) const {
+        if (!countable(kernel, kernel) || !countable(dilation) || !countable(stride) || kernel % 2 == 0) return false;
+        int64_t reach = (kernel - 1) * dilation;
+        return countable(batch, channels, height, width) && countable(batch, groups, kernel, kernel, height, width) &&
+               countable(batch, channels, height + reach, width + reach);
     }
 };
 

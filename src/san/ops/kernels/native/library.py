@@ -27,6 +27,8 @@ from san.ops.kernels import native
 __all__ = ["Library", "announce_absence", "load", "threads"]
 
 _FILE = "libsan_native.so"
+# The kernels take no more.
+_MOST_THREADS = 1024
 # The versions that a processor runs, by the best of them.
 _RUNS = {"v4": ("v4", "v3", "v2"), "v3": ("v3", "v2"), "v2": ("v2",), "plain": ("plain",)}
 
@@ -51,6 +53,11 @@ class Library:
         code = function(struct.pack(f"{count}q", *arguments), count)
         if code:
             raise _failure(name, code)
+
+    def native_bytes(self) -> int:
+        """Memory that the kernels hold for working in, bytes; they keep it from one call to the next."""
+        self._binary.san_native_bytes.restype = ctypes.c_int64
+        return self._binary.san_native_bytes()
 
     def _find(self, name: str) -> Any:
         function = self._binary[f"san_{name}_{self.instruction_set}"]
@@ -161,6 +168,6 @@ def threads() -> int:
 
     OpenMP's threads do not survive a fork, and a child that waits for its parent's hangs.
     """
-    count = 1 if _Team.lost else torch.get_num_threads()
+    count = 1 if _Team.lost else min(torch.get_num_threads(), _MOST_THREADS)
     _Team.used = _Team.used or count > 1
     return count

@@ -16,10 +16,13 @@ __all__ = ["MAX_LAYERS", "address", "addresses", "call", "output_size", "refusal
 # As in the kernels: more layers than the paper's longest mapping, LRLRL, has.
 MAX_LAYERS = 4
 
+# Multiply-adds that are worth a thread: some 40 µs of one core.
+GRAIN = 1 << 22
+
 
 def single(x: Tensor) -> Tensor:
-    """x as kernels read it: float32 and contiguous."""
-    return x.to(torch.float32).contiguous()
+    """x as kernels read it: float32, contiguous, and not negated on the fly as the imaginary part of a conjugate is."""
+    return x.to(torch.float32).contiguous().resolve_neg()
 
 
 def address(x: Tensor | None) -> int:
@@ -32,12 +35,17 @@ def addresses(*tensors: Tensor | None, room: int = 0) -> list[int]:
     return [*map(address, tensors), *[0] * (room - len(tensors))]
 
 
-def call(kernel: str, *arguments: int) -> None:
-    """Run a kernel on its `Arguments`, of which the number of threads comes first and is added here."""
+def call(kernel: str, *arguments: int, work: int | None = None) -> None:
+    """Run a kernel on its `Arguments`, of which the number of threads comes first and is added here.
+
+    `work` is about how many multiply-adds there are: a thread with fewer than `GRAIN` would cost more than it gives,
+    above all where other processes want the cores, because threads wait for each other by spinning. None: all threads.
+    """
     loaded = library.load()
     if loaded is None:
         raise RuntimeError(f"the kernel {kernel} was called without the native library")
-    loaded.call(kernel, library.threads(), *arguments)
+    threads = library.threads()
+    loaded.call(kernel, threads if work is None else min(threads, 1 + work // GRAIN), *arguments)
 
 
 def output_size(map_: Tensor, geometry: list[int]) -> tuple[int, int]:

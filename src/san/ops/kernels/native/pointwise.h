@@ -1,6 +1,7 @@
 // What products on the channel axis and their gradients share: their input, and how pooling reads it.
 #pragma once
 
+#include "entry.h"
 #include "footprint.h"
 
 namespace {
@@ -13,6 +14,20 @@ struct Input {
     int64_t stem_channels;  // 0, or the channels of the image from which the stem makes `channels`
     const float *input, *scale, *shift;  // no scale: the input as it is
     const float *stem_weight;            // [channels][stem_channels]
+
+    // Whether there can be such a map, and products of it that give so many channels.
+    bool fits(const int64_t *given) const {
+        if (!input || stem_channels < 0 || stem_channels > MAX_STEM_CHANNELS) return false;
+        if (stem_channels ? scale || !shift || !stem_weight : !scale != !shift) return false;
+        if (pooled && (height < 2 || width < 2)) return false;
+        int64_t all = 0;
+        for (int64_t n = 0; n < MAX_PRODUCTS; n++) {
+            if (given[n] < 0 || given[n] > MAX_COUNT) return false;
+            all += given[n];
+        }
+        return given[0] > 0 && countable(all, channels) && countable(batch, channels, height, width) &&
+               countable(batch, all, height, width);
+    }
 };
 
 // The pixels that products run over: those of the input, or of the map that 2×2 pooling leaves.

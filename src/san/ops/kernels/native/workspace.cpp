@@ -39,26 +39,36 @@ struct Lock {
     ~Lock() { __atomic_clear(&taken, __ATOMIC_RELEASE); }
 };
 
-// The smallest idle block that fits without wasting more than it holds.
-Header *reused(size_t bytes) {
-    Header **best = nullptr;
-    for (Header **each = &idle; *each; each = &(*each)->next)
-        if ((*each)->bytes >= bytes && (*each)->bytes <= 2 * bytes + 65536 && (!best || (*each)->bytes < (*best)->bytes))
-            best = each;
-    if (!best) return nullptr;
-    Header *block = *best;
-    *best = block->next;
+Header *unlinked(Header **place) {
+    Header *block = *place;
+    *place = block->next;
     idle_bytes -= block->bytes;
     return block;
+}
+
+// The smallest idle block that fits; or none, and the largest of those too small gives way to the one that will be made,
+// so that calls which come one after the other keep one block alone.
+Header *reused(size_t bytes, Header **outgrown) {
+    Header **best = nullptr, **largest = nullptr;
+    for (Header **each = &idle; *each; each = &(*each)->next) {
+        if ((*each)->bytes >= bytes && (!best || (*each)->bytes < (*best)->bytes)) best = each;
+        if (!largest || (*each)->bytes > (*largest)->bytes) largest = each;
+    }
+    if (best) return unlinked(best);
+    *outgrown = largest ? unlinked(largest) : nullptr;
+    if (*outgrown) total_bytes -= (*outgrown)->bytes;
+    return nullptr;
 }
 
 }  // namespace
 
 void *san_acquire(size_t bytes) {
+    Header *outgrown = nullptr;
     {
         Lock lock;
-        if (Header *block = reused(bytes)) return block + 1;
+        if (Header *block = reused(bytes, &outgrown)) return block + 1;
     }
+    free(outgrown);
     bytes = (bytes + STEP_BYTES - 1) / STEP_BYTES * STEP_BYTES;
     Header *block = static_cast<Header *>(aligned_alloc(64, bytes + sizeof(Header)));
     if (!block) return nullptr;

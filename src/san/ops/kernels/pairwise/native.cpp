@@ -5,7 +5,7 @@
 // Backward recomputes a tile, so nothing is kept but the maps. Legend: D δ's width, R relation width, G weight groups.
 
 #include "../native/attention.h"
-#include "../native/entry.h"
+#include "../native/frame.h"
 #include "../native/product.h"
 
 namespace {
@@ -274,13 +274,11 @@ struct Sums {
     Slice slice;
     float *key = nullptr, *value = nullptr, *scale = nullptr, *shift = nullptr;
     float *weight[MAX_LAYERS] = {}, *bias[MAX_LAYERS] = {};
-    int64_t zeroed = 0;
 
     Sums(const Problem &p, int64_t index, int64_t slices) : p(&p), slice(p.f, index, slices) {}
 
     void lay_out(Workspace &space) {
         const Arguments &a = p->a;
-        size_t before = space.used();
         key = space.take<float>(slice.size(p->f, p->channels())) + LANES;
         value = key + p->key_channels * p->f.plane;
         scale = space.take<float>(p->width);
@@ -289,10 +287,7 @@ struct Sums {
             weight[n] = space.take<float>(a.widths[n] * a.widths[n + 1]);
             bias[n] = space.take<float>(a.widths[n + 1]);
         }
-        zeroed = static_cast<int64_t>(space.used() - before);
     }
-
-    void clear() { memset(key - LANES, 0, zeroed); }
 };
 
 // From the gradient of scale · δ + shift, a panel, to those of scale, shift, query, key and position.
@@ -456,14 +451,30 @@ struct Plan {
     }
 };
 
+// δ's width.
+int64_t relation_width(const Arguments &a) {
+    int64_t own = a.relation == DOT ? 1 : a.relation == CONCATENATION ? 2 * a.relation_channels : a.relation_channels;
+    return own + (a.position_kind == NO_POSITION ? 0 : a.position_kind == RELATIVE ? 2 : 4);
+}
+
 bool fits(const Arguments &a) {
-    bool sizes = a.batch > 0 && a.height > 0 && a.width > 0 && a.kernel > 0 && a.kernel % 2 && a.stride > 0 &&
-                 a.dilation > 0 && a.relation_channels > 0 && a.layers >= 0 && a.layers <= MAX_LAYERS;
-    return sizes && a.relation >= SUBTRACTION && a.relation <= DOT && a.widths[0] > 0;
+    const Geometry geometry{a.threads, a.batch, a.height, a.width, a.kernel, a.stride, a.dilation, a.zeros};
+    int64_t value_channels = a.value ? a.value_channels : 1, groups = a.value ? a.groups : 1;
+    if (!countable(a.relation_channels) || !countable(value_channels) || value_channels % larger(1, groups) ||
+        !geometry.fits(a.relation_channels + 2 + value_channels, groups))
+        return false;
+    if (a.relation < SUBTRACTION || a.relation > DOT || a.position_kind < NO_POSITION || a.position_kind > ABSOLUTE)
+        return false;
+    if (a.layers < 0 || a.layers > MAX_LAYERS || a.widths[0] != relation_width(a)) return false;
+    for (int64_t n = 0; n < a.layers; n++)
+        if (!countable(a.widths[n], a.kernel, a.kernel) || !countable(a.widths[n], larger(1, a.widths[n + 1])))
+            return false;
+    // Moments are of what enters the last layer, so they know nothing of what it gives.
+    return a.widths[a.layers] == (a.value ? a.groups : a.layers ? 0 : a.widths[0]);
 }
 
 int forward(const Arguments &a) {
-    if (!fits(a) || !a.value || a.groups <= 0 || a.value_channels % a.groups) return WRONG_SIZES;
+    if (!fits(a) || !a.value) return WRONG_SIZES;
     Plan plan(a, false, false);
     Block block(plan.bytes());
     if (!block.start) return OUT_OF_MEMORY;
@@ -536,9 +547,9 @@ int backward_of(const Arguments &a, bool of_moments) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t s = 0; s < plan.slices; s++) {
             Sums part(p, s, plan.slices);
+            memset(plan.slice_start(block.start, s), 0, plan.per_slice);
             Workspace room(plan.slice_start(block.start, s));
             part.lay_out(room);
-            part.clear();
             for (int64_t t = part.slice.tile; t < part.slice.tile_stop; t++) {
                 Tile tile(p.f, t);
                 SAN_BY_SEGMENTS(tile, step, worker, tile, part, of_moments);
@@ -677,7 +688,7 @@ int moments(const Arguments &a) {
 }
 
 int backward(const Arguments &a) {
-    if (!fits(a) || !a.value || a.groups <= 0 || a.value_channels % a.groups) return WRONG_SIZES;
+    if (!fits(a) || !a.value) return WRONG_SIZES;
     return backward_of(a, false);
 }
 

@@ -107,6 +107,7 @@ def _call(
         *addresses(*given[5:parameters], room=MAX_LAYERS),
         *addresses(*given[parameters:], room=MAX_LAYERS),
         *map(address, moments),
+        work=_pairs(inputs) * (sum(weight.numel() for weight in weights) + 4 * width),
     )
 
 
@@ -248,6 +249,10 @@ def _moments_gradients(ctx: Any, of_mean: Tensor, of_deviation: Tensor) -> tuple
     return inputs.shaped(_moments_backward(single(slope), single(intercept), *inputs))
 
 
+def _pairs(inputs: _Inputs) -> int:
+    return inputs.query.shape[0] * _pixels(inputs) * inputs.plan[0] ** 2
+
+
 def _pixels(inputs: _Inputs) -> int:
     rows, columns = output_size(inputs.query, inputs.plan)
     return rows * columns
@@ -297,7 +302,12 @@ def attend_folded(
 
 def _plan(relation: str, rule: Footprint, position: Position | None, width: int) -> list[int]:
     geometry = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros")]
-    return [*geometry, _RELATIONS[relation], _POSITIONS[position.kind] if position else 0, width]
+    return [
+        *geometry,
+        _RELATIONS[relation],
+        _POSITIONS[position.kind] if position else 0,
+        int(width),
+    ]  # a tensor in jit.trace
 
 
 def _identity_width(call: PairwiseCall) -> int:

@@ -105,7 +105,11 @@ struct HiddenArguments {
     const float *gradient;
     float *query_gradient, *key_gradient, *scale_gradient, *shift_gradient, *weight_gradient, *bias_gradient;
 
-    bool fits() const { return geometry.fits() && query_channels > 0 && key_channels >= 0 && given > 0; }
+    bool fits() const {
+        return geometry.fits(query_channels, 1) && (key_channels == 0 || key_channels == query_channels) &&
+               countable(given, query_channels + key_channels * geometry.kernel * geometry.kernel) &&
+               countable(geometry.batch, given, geometry.height, geometry.width);
+    }
 };
 
 // Some consecutive rows of δ: of queries, or every place of some channels' keys.
@@ -409,7 +413,8 @@ struct OutputArguments {
     float *hidden_gradient, *scale_gradient, *shift_gradient, *weight_gradient, *bias_gradient, *value_gradient;
 
     bool fits() const {
-        return geometry.fits() && taken > 0 && groups > 0 && channels > 0 && channels % groups == 0;
+        return geometry.fits(channels, 1) && countable(geometry.batch, taken, geometry.height, geometry.width) &&
+               countable(groups, geometry.kernel, geometry.kernel, taken) && channels % groups == 0;
     }
 };
 
@@ -661,7 +666,7 @@ struct MomentsArguments {
     float *query_gradient, *key_gradient;
 
     bool fits() const {
-        return geometry.fits() && query_channels > 0 && key_channels >= 0 && key_channels <= query_channels;
+        return geometry.fits(query_channels, 1) && (key_channels == 0 || key_channels == query_channels);
     }
 };
 
@@ -875,7 +880,7 @@ struct StarArguments {
     const float *gradient;
     float *query_gradient, *key_gradient;
 
-    bool fits() const { return geometry.fits() && relation_channels > 0; }
+    bool fits() const { return geometry.fits(relation_channels, 1); }
 };
 
 // δ_j = φᵀψ_j, so narrow that it is kept as a map.

@@ -31,7 +31,10 @@ __all__ = ["attend_folded", "run", "supports"]
 
 def _call(kernel: str, map_: Tensor, plan: list[int], sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
     """Call `san_patchwise_<kernel>`; `sizes` and `tensors` in the order of its arguments in native.cpp."""
-    operators.call(f"patchwise_{kernel}", map_.shape[0], *map_.shape[2:], *plan, *sizes, *map(address, tensors))
+    per_pixel = max((x.numel() for x in tensors if x is not None and x.dim() == 2), default=0)
+    work = map_.shape[0] * map_.shape[2] * map_.shape[3] * (per_pixel + sizes[-1] * plan[0] ** 2)
+    arguments = (map_.shape[0], *map_.shape[2:], *plan, *sizes, *map(address, tensors))
+    operators.call(f"patchwise_{kernel}", *arguments, work=work)
 
 
 def _hidden_sizes(query: Tensor, key: Tensor, weight: Tensor) -> tuple[int, ...]:

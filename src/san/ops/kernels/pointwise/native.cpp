@@ -164,16 +164,15 @@ int64_t chunk_rows(int64_t rows, int64_t threads, int64_t groups) {
     return larger(64, rounded_up((rows + chunks - 1) / chunks, TILE_ROWS));
 }
 
-bool fits(const Arguments &a, const Footprint &f) {
-    if (a.batch <= 0 || a.channels <= 0 || f.pixels <= 0 || a.stem_channels > MAX_STEM_CHANNELS) return false;
+bool fits(const Arguments &a) {
     for (int64_t n = 0; n < MAX_PRODUCTS; n++)
-        if (a.given[n] < 0 || (a.given[n] > 0 && !(a.weight[n] && a.output[n]))) return false;
-    return a.given[0] > 0;
+        if (a.given[n] > 0 && !(a.weight[n] && a.output[n])) return false;
+    return a.Input::fits(a.given);
 }
 
 int forward(const Arguments &a) {
+    if (!fits(a)) return WRONG_SIZES;
     Footprint f = pixels_of(a);
-    if (!fits(a, f)) return WRONG_SIZES;
     int64_t given = a.given[0] + a.given[1] + a.given[2], threads = larger(1, a.threads);
     int64_t most = group_size(a), stride = most * LANES;
     int64_t groups = (f.tiles() + most - 1) / most, rows = chunk_rows(given, threads, groups);
@@ -216,7 +215,15 @@ struct NormArguments {
     Norm norm[MAX_NORMS];  // those of 0 channels are left out
 };
 
+bool fits(const Norm &n) {
+    if (n.channels == 0) return true;
+    if (n.columns < 0 || !countable(n.channels, larger(1, n.columns))) return false;
+    return n.mean && n.variance && n.scale && n.shift && (n.columns == 0 || n.linear_weight);
+}
+
 int fold(const NormArguments &a) {
+    for (const Norm &n : a.norm)
+        if (!fits(n)) return WRONG_SIZES;
     for (const Norm &n : a.norm)
         for (int64_t c = 0; c < n.channels; c++) {
             double s = (n.weight ? n.weight[c] : 1.0) / __builtin_sqrt(n.variance[c] + n.eps);

@@ -62,7 +62,7 @@ def fold(norms: Sequence[tuple[Norm, Linear | None]]) -> list[Affine]:
         arguments += (channels, *operators.addresses(weight, bias, mean, variance), _bits(eps), columns)
         arguments += operators.addresses(*linear) if linear else (0, 0)
         arguments += operators.addresses(*found)
-    operators.call("fold", *arguments, *[0] * (11 * (_MAX_NORMS - len(norms))))
+    operators.call("fold", *arguments, *[0] * (11 * (_MAX_NORMS - len(norms))), work=0)
     return folded
 
 
@@ -99,5 +99,6 @@ def products(
         *operators.addresses(*(linear.bias for linear in linears), room=_MAX_PRODUCTS),
         *operators.addresses(*outputs, room=_MAX_PRODUCTS),
         operators.address(residual),
+        work=batch * size[0] * size[1] * channels * sum(output.shape[1] for output in outputs),
     )
     return outputs

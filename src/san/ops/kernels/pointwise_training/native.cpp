@@ -654,18 +654,15 @@ int weight_gradient(const Arguments &a, const Footprint &f) {
     return DONE;
 }
 
-bool fits(const Arguments &a, const Footprint &f) {
-    if (a.batch <= 0 || a.channels <= 0 || f.pixels <= 0 || !a.input) return false;
-    if (a.stem_channels < 0 || a.stem_channels > MAX_STEM_CHANNELS) return false;
-    if (a.stem_channels ? a.scale || !a.shift || !a.stem_weight : !a.scale != !a.shift) return false;
+bool fits(const Arguments &a) {
     for (int64_t n = 0; n < MAX_PRODUCTS; n++)
-        if (a.given[n] < 0 || (a.given[n] > 0 && !(a.weight[n] && a.output_gradient[n]))) return false;
-    return a.given[0] > 0;
+        if (a.given[n] > 0 && !(a.weight[n] && a.output_gradient[n])) return false;
+    return a.Input::fits(a.given);
 }
 
 int backward(const Arguments &a) {
+    if (!fits(a)) return WRONG_SIZES;
     Footprint f = pixels_of(a);
-    if (!fits(a, f)) return WRONG_SIZES;
     int outcome = DONE;
     if (a.wants_input() || a.wants_bias()) outcome = a.pooled ? input_gradient<4>(a, f) : input_gradient<1>(a, f);
     if (outcome == DONE && a.wants_weight()) outcome = a.pooled ? weight_gradient<4>(a, f) : weight_gradient<1>(a, f);
@@ -765,7 +762,7 @@ struct MomentArguments {
     const float *input;
     double *mean, *deviation;
 
-    bool fits() const { return batch > 0 && channels > 0 && size > 0 && input && mean && deviation; }
+    bool fits() const { return countable(batch, channels, size) && input && mean && deviation; }
 };
 
 int channel_moments(const MomentArguments &a) {
@@ -814,7 +811,7 @@ struct NormArguments {
     float *gradient;  // overwritten
     const float *input, *a, *b, *c, *residual;
 
-    bool fits() const { return batch > 0 && channels > 0 && size > 0 && gradient && input && a && b && c; }
+    bool fits() const { return countable(batch, channels, size) && gradient && input && a && b && c; }
 };
 
 template <bool RESIDUAL>

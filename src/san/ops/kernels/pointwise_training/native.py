@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from san.errors import UserError
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, single
 from san.ops.kernels.pointwise.native import Affine, Linear, products
@@ -22,6 +23,9 @@ from san.ops.normalization import BatchNorm, Moments
 __all__ = ["norm_products", "stem"]
 
 _MAX_PRODUCTS = 3
+
+# Reading a number from memory takes as long as so many multiply-adds.
+_PASS = 16
 
 
 class _Statistics(NamedTuple):
@@ -40,6 +44,8 @@ class _Statistics(NamedTuple):
             mean, variance = (x.double() for x in running)
             count = mean.new_zeros(())
         else:
+            if local.count == 1 and not norm.synchronized:
+                raise UserError("BatchNorm in training needs more than one value per channel, but there is one pixel")
             total = norm.total(local)
             mean, variance, count = total.mean, total.deviation / total.count.clamp_min(1), total.count
         inverse = torch.rsqrt(variance + norm.eps)
@@ -64,7 +70,6 @@ class _Reductions(NamedTuple):
         normalised = found.inverse * (product - found.mean * total)
         both = torch.stack([total, normalised])
         if norm.synchronized:
-            both = both.clone()
             distributed.all_reduce(both, group=norm.group)
         means = both / found.count if norm.uses_batch else torch.zeros_like(both)
         return cls(total, normalised, *means)
@@ -84,7 +89,8 @@ def _moments(x: Tensor) -> Moments:
     """Moments of every channel of x [B, C, H, W], in float64."""
     batch, channels, height, width = x.shape
     mean, deviation = x.new_empty(2, channels, dtype=torch.float64)
-    operators.call("channel_moments", batch, channels, height * width, address(x), address(mean), address(deviation))
+    sizes, addresses = (batch, channels, height * width), operators.addresses(x, mean, deviation)
+    operators.call("channel_moments", *sizes, *addresses, work=_PASS * x.numel())
     return Moments(mean.new_full((), batch * height * width), mean, deviation)
 
 
@@ -120,6 +126,7 @@ def _backward(
         *operators.addresses(*made[0::2], room=_MAX_PRODUCTS),
         *operators.addresses(*made[1::2], room=_MAX_PRODUCTS),
         *operators.addresses(gradient, total, product),
+        work=2 * batch * height * width * taken * sum(linear.weight.shape[0] for linear in linears),
     )
     return _Gradients(made[0::2], made[1::2], gradient, total, product)
 
@@ -133,7 +140,7 @@ def _through_norm(
     factors = [x.float() for x in (found.scale, slope, constant)]
     batch, channels, height, width = x.shape
     addresses = operators.addresses(gradient, x, *factors, residual)
-    operators.call("norm_input_gradient", batch, channels, height * width, *addresses)
+    operators.call("norm_input_gradient", batch, channels, height * width, *addresses, work=_PASS * x.numel())
     return gradient
 
 
@@ -249,7 +256,8 @@ def _image_moments(image: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = image.shape
     mean = image.new_empty(channels, dtype=torch.float64)
     deviation = image.new_empty(channels, channels, dtype=torch.float64)
-    operators.call("image_moments", batch, channels, height * width, *operators.addresses(image, mean, deviation))
+    addresses = operators.addresses(image, mean, deviation)
+    operators.call("image_moments", batch, channels, height * width, *addresses, work=_PASS * image.numel())
     return mean, deviation
 
 
