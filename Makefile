@@ -1,7 +1,7 @@
 # make run   trains the small network on the embedded digits      make test       every check and test
 # make lint  style, format, types                                 make test-long  the tests that take minutes
 # make clean removes what make made, except runs/                 make docs       checks the documents
-# make sanitize  looks for memory errors in the C++ kernels: tests and 100,000 random calls, some 20 minutes (GCC, CMake)
+# make sanitize  looks for memory errors in the C++ kernels: tests and 100,000 random calls, 10 minutes (GCC, CMake)
 #
 # All of them create .venv first if need be. PYTHON chooses the interpreter; ARGS is passed on: make run ARGS="--epochs 2".
 .PHONY: run test test-long lint docs sanitize clean

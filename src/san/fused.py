@@ -130,7 +130,7 @@ def _has_tensors(part: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
 def _is_readable(x: Tensor, shape: tuple[int, ...]) -> bool:
     # Asked for every tensor at every call: `x.device` takes three times as long as `x.is_cpu`.
     usual = type(x) in _TENSORS and x.is_cpu and x.dtype is torch.float32
-    return usual and x.shape == shape and x.is_contiguous()
+    return usual and x.shape == shape and x.is_contiguous() and not x.is_neg()
 
 
 def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[type, ...]) -> None:
@@ -158,6 +158,7 @@ def suits(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.dtype is torch.float32
         and x.device.type == "cpu"
+        and not x.is_neg()
         and x.dim() == 4
         and x.numel() > 0
         and forced_backend() in ("auto", "native")

@@ -43,6 +43,12 @@ def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "GRAIN", 1)
 
 
+@pytest.fixture(autouse=True)
+def several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small as the problems are, they run on all threads."""
+    monkeypatch.setattr(operators, "GRAIN", 1)
+
+
 @pytest.fixture
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -48,6 +48,12 @@ def test_absence_is_announced_once(content, reason, tmp_path):
     assert done.stderr.count(reason) == 1
 
 
+def test_a_chosen_library_must_be_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAN_NATIVE_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(UserError, match="which is no file"):
+        library._open.__wrapped__()
+
+
 def _load(monkeypatch: pytest.MonkeyPatch, forced: str) -> library.Library | None:
     """What `load` decides anew, with an instruction set forced."""
     monkeypatch.setenv("SAN_INSTRUCTION_SET", forced)

@@ -24,6 +24,7 @@ SHAPES = pytest.mark.parametrize(
     [(4, 5, (3,), (7, 7)), (3, 100, (4, 4, 16), (9, 13)), (2, 64, (32, 32, 128), (28, 28)), (1, 16, (24,), (56, 56))],
 )
 BOUND = 3e-6
+MUCH = 1 << 40  # work for all threads
 
 
 class Call(NamedTuple):
@@ -72,6 +73,7 @@ def found(c: Call) -> list[Tensor]:
         *(*map(len, c.weights), *[0] * (3 - len(c.weights))),
         *(a for each in tensors for a in operators.addresses(*each, room=3)),
         *operators.addresses(gradient, sums, products),
+        work=MUCH,
     )
     return [*weights, *biases, gradient, sums, products]
 
@@ -118,7 +120,7 @@ def test_gradients_are_autograds_and_no_thread_changes_a_bit(mode, pooled, batch
 def moments(kernel: str, x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
     mean = torch.full(x.shape[1:2], torch.nan, dtype=torch.float64)
     deviation = torch.full(shape, torch.nan, dtype=torch.float64)
-    operators.call(kernel, *x.shape, *operators.addresses(x, mean, deviation))
+    operators.call(kernel, *x.shape, *operators.addresses(x, mean, deviation), work=MUCH)
     return mean, deviation
 
 
@@ -144,5 +146,5 @@ def test_norm_input_gradient(with_residual):
     a, b, c = torch.randn(3, 5, generator=generator)
     residual = r if with_residual else None
     want = a[:, None] * g.double() + b[:, None] * x + c[:, None] + (r if with_residual else 0)
-    operators.call("norm_input_gradient", *x.shape, *operators.addresses(g, x, a, b, c, residual))
+    operators.call("norm_input_gradient", *x.shape, *operators.addresses(g, x, a, b, c, residual), work=MUCH)
     torch.testing.assert_close(g.double(), want, rtol=1e-6, atol=1e-6)
