@@ -160,7 +160,7 @@ void multiply_all(const Arguments &a, const Footprint &f, const Group &group, co
 
 // Rows of a task: all of them, unless that leaves threads without work.
 int64_t chunk_rows(int64_t rows, int64_t threads, int64_t groups) {
-    int64_t chunks = larger(1, (4 * threads + groups - 1) / groups);
+    int64_t chunks = larger(1, (8 * threads + groups - 1) / groups);
     return larger(64, rounded_up((rows + chunks - 1) / chunks, TILE_ROWS));
 }
 
