@@ -13,7 +13,7 @@ import torch
 
 from san import __version__
 
-__all__ = ["describe_machine", "describe_versions", "native_bytes"]
+__all__ = ["describe_machine", "describe_versions", "native_bytes", "release_native_memory"]
 
 _NATIVE = "san.ops.kernels.native.library"
 
@@ -45,6 +45,13 @@ def native_bytes() -> int:
     """Bytes that the native library holds in buffers of its own, which PyTorch's allocator does not see."""
     count = getattr(_library(), "native_bytes", None)
     return 0 if count is None else count()
+
+
+def release_native_memory() -> None:
+    """Let the native library give back buffers that no call is working in."""
+    release = getattr(_library(), "release_memory", None)
+    if release is not None:
+        release()
 
 
 def _library() -> Any:

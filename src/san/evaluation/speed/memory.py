@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from san.errors import UserError
 from san.evaluation.speed.clock import threads_set
 from san.evaluation.speed.contestants import Runner, Task, Variant, draw, prepare
-from san.evaluation.speed.machine import native_bytes
+from san.evaluation.speed.machine import native_bytes, release_native_memory
 
 __all__ = ["held_bytes", "kept", "peak_bytes", "report_peak", "saved_bytes"]
 
@@ -38,8 +38,11 @@ def kept(runner: Runner) -> dict[str, int]:
     `kept` includes `native`. Parameters, buffers and the images are not counted: they are there before.
     """
     owned = [*runner.model.parameters(), *runner.model.buffers(), runner.images, runner.labels]
-    native = native_bytes() if runner.operators else 0
+    # One step, backward included, shows what buffers this network needs rather than those that ran before it.
+    release_native_memory()
+    runner()
     held = held_bytes(runner.forward, runner.task.device)
+    native = native_bytes() if runner.operators else 0
     return {"kept": held + native, "saved": saved_bytes(runner.forward, owned), "native": native}
 
 

@@ -59,6 +59,10 @@ class Library:
         self._binary.san_native_bytes.restype = ctypes.c_int64
         return self._binary.san_native_bytes()
 
+    def release_memory(self) -> None:
+        """Give back what no call is working in."""
+        self._binary.san_release_memory()
+
     def _find(self, name: str) -> Any:
         function = self._binary[f"san_{name}_{self.instruction_set}"]
         function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
