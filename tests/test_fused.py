@@ -74,10 +74,11 @@ class Spy:
         for name in self.calls:
             patch.setattr(fused, name, self._counted(name, getattr(fused, name)))
 
-    def _counted(self, name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def counted(*arguments: Any, **options: Any) -> Tensor:
-            self.calls[name] += 1
-            return function(*arguments, **options)
+    def _counted(self, name: str, function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def counted(*arguments: Any, **options: Any) -> Tensor | None:
+            found = function(*arguments, **options)
+            self.calls[name] += found is not None
+            return found
 
         return counted
 
@@ -818,9 +819,10 @@ class Spied:
         fused.attention_block = self._call
         return self
 
-    def _call(self, *arguments: Any, **options: Any) -> Tensor:
-        self.count += 1
-        return self.function(*arguments, **options)
+    def _call(self, *arguments: Any, **options: Any) -> Tensor | None:
+        found = self.function(*arguments, **options)
+        self.count += found is not None
+        return found
 
     def __exit__(self, *_: Any) -> None:
         fused.attention_block = self.function

@@ -10,8 +10,9 @@ Legend: B batch, C channels, H W map.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils import _python_dispatch
 
 from san.ops.dispatch import forced_backend
 from san.ops.kernels.native import library
+from san.ops.kernels.native.recording import Recording, record
 from san.ops.kernels.pointwise.native import MAX_STEM_CHANNELS, Linear, Norm, fold, products
 from san.ops.kernels.pointwise_training.native import norm_products
 from san.ops.kernels.pointwise_training.native import stem as training_stem
@@ -38,11 +40,21 @@ __all__ = [
     "register_block",
     "stem",
     "suits",
-    "takes_block",
     "takes_stem",
 ]
 
 _NORMS = (nn.BatchNorm2d, SynchronizedBatchNorm2d)
+
+
+class _Replaced(Exception):
+    """Raised where a part of a module was replaced since its parts were looked at."""
+
+
+class _State(NamedTuple):
+    """What a plain module's parts are at a call: where their tensors lie and all else that kernels are told."""
+
+    held: list[Any]
+    uses_batch: bool  # a BatchNorm takes the batch's statistics
 
 
 class _Parts:
@@ -54,22 +66,55 @@ class _Parts:
     def __init__(self, root: nn.Module) -> None:
         # A part may stand in several places.
         named = list(root.named_modules(remove_duplicate=False))
-        self._found = [(ref(part), type(part), _children(part), _shapes(part)) for _, part in named]
+        self._found = [(ref(part), type(part), _children(part), _shapes(part), _options(part)) for _, part in named]
         self._known = all(_plays_its_role(name, part) for name, part in named)
         self._known = self._known and (type(root) not in _agreements or _agreements[type(root)](root))
+        self._recordings: dict[tuple[int, ...], tuple[list[Any], Recording]] = {}
 
-    def present(self) -> list[Any] | None:
-        """The parts, or None if some were replaced since."""
-        parts: list[Any] = [part() for part, *_ in self._found]
-        pairs = zip(parts, self._found, strict=True)
-        same = all(part.__class__ is kind and _children(part) == there for part, (_, kind, there, _) in pairs)
-        return parts if same else None
+    def state(self) -> _State | None:
+        """What the parts are now, or None if there is more to them than tensors of the declared sizes."""
+        held: list[Any] = []
+        uses_batch = False
+        for reference, kind, children, shapes, options in self._found:
+            part: Any = reference()
+            if part.__class__ is not kind or (children if children else part._modules) and _children(part) != children:
+                raise _Replaced
+            own = part.__dict__
+            if not self._known or _is_heard(own):
+                return None
+            for dictionary, name, shape in shapes:
+                # The parameter that a parametrisation took away is no longer in the dictionary.
+                x = own[dictionary].get(name, held)
+                if x is None:
+                    held.append(None)
+                elif type(x) in _TENSORS and _is_readable(x, shape):
+                    held.append(x.data_ptr())
+                else:
+                    return None
+            for option in options:
+                held.append(getattr(part, option))
+            if kind in _NORMS and (own["training"] or own["_buffers"]["running_mean"] is None):
+                uses_batch = True
+        return _State(held, uses_batch)
 
-    def are_plain(self, parts: list[Any]) -> bool:
-        """Whether the parts' tensors, of the declared sizes, tell all that the parts do."""
-        shapes = (shapes for *_, shapes in self._found)
-        return self._known and not any(map(_is_heard, parts)) and all(map(_has_tensors, parts, shapes))
+    def parameters(self) -> Iterator[Tensor]:
+        """All parameters that there are."""
+        parts: Any = (reference() for reference, *_ in self._found)
+        return (parameter for part in parts for parameter in part._parameters.values() if parameter is not None)
 
+    def recording(self, held: list[Any], key: tuple[int, ...], record: Callable[[], Recording]) -> Recording:
+        """That of the calls which `key` tells apart, made anew if what the parts held then is no longer so."""
+        before, found = self._recordings.get(key, (None, None))
+        if found is None or before != held:
+            while len(self._recordings) >= _MOST_RECORDINGS:
+                self._recordings.pop(next(iter(self._recordings)), None)
+            found = record()
+            self._recordings[key] = held, found
+        return found
+
+
+# Of one module, for the sizes of map that it met.
+_MOST_RECORDINGS = 16
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bn1", "bn2"), _NORMS),
@@ -87,13 +132,20 @@ def _children(part: Any) -> dict[str, int] | None:
     return {name: id(child) for name, child in part._modules.items()} if part._modules else None
 
 
-def _shapes(part: Any) -> dict[str, tuple[int, ...]]:
-    """What kernels take the shapes of a part's tensors to be."""
+def _shapes(part: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What kernels take the shapes of a part's tensors to be: where it holds them, their names and shapes."""
     if type(part) is nn.Conv2d:
-        return {"weight": (part.out_channels, part.in_channels, 1, 1), "bias": (part.out_channels,)}
+        weight = part.out_channels, part.in_channels, 1, 1
+        return [("_parameters", "weight", weight), ("_parameters", "bias", (part.out_channels,))]
     if type(part) in _NORMS:
-        return dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (part.num_features,))
-    return {}
+        names = {"_parameters": ("weight", "bias"), "_buffers": ("running_mean", "running_var")}
+        return [(held, name, (part.num_features,)) for held in names for name in names[held]]
+    return []
+
+
+def _options(part: Any) -> tuple[str, ...]:
+    """Attributes of a part that kernels are told."""
+    return ("eps",) if type(part) in _NORMS else getattr(part, "kernel_options", ())
 
 
 def _plays_its_role(name: str, part: Any) -> bool:
@@ -109,28 +161,15 @@ def _is_pointwise(part: Any) -> bool:
     return (part.kernel_size, part.stride, part.padding, part.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
-def _is_heard(part: Any) -> bool:
-    """Whether a hook or a replaced `forward` hears or changes what a part computes."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return bool(hooks) or "forward" in part.__dict__
-
-
-def _has_tensors(part: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a part holds its tensors itself, as kernels read them."""
-    parameters, buffers = part._parameters, part._buffers
-    for name, shape in shapes.items():
-        held = parameters if name in parameters else buffers
-        if name not in held:
-            return False
-        if held[name] is not None and not _is_readable(held[name], shape):
-            return False
-    return True
+def _is_heard(own: dict[str, Any]) -> bool:
+    """Whether a hook or a replaced `forward` hears or changes what a part computes; `own` is its `__dict__`."""
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def _is_readable(x: Tensor, shape: tuple[int, ...]) -> bool:
     # Asked for every tensor at every call: `x.device` takes three times as long as `x.is_cpu`.
-    usual = type(x) in _TENSORS and x.is_cpu and x.dtype is torch.float32
-    return usual and x.shape == shape and x.is_contiguous() and not x.is_neg()
+    return x.is_cpu and x.dtype is torch.float32 and x.shape == shape and x.is_contiguous() and not x.is_neg()
 
 
 def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[type, ...]) -> None:
@@ -140,14 +179,21 @@ def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[typ
         _KINDS[name] = (*_KINDS.get(name, ()), *kinds)
 
 
+def _look(root: nn.Module) -> tuple[_Parts, _State | None]:
+    """The parts of a block, pointwise convolution or BatchNorm and their state, None if tensors do not tell all."""
+    found = _known.get(root)
+    try:
+        if found is not None:
+            return found, found.state()
+    except _Replaced:
+        pass
+    found = _known[root] = _Parts(root)
+    return found, found.state()
+
+
 def is_plain(root: nn.Module) -> bool:
     """Whether a block, pointwise convolution or BatchNorm does only what its parts' tensors tell."""
-    found = _known.get(root)
-    parts = found.present() if found else None
-    if found is None or parts is None:
-        found = _known[root] = _Parts(root)
-        parts = found.present()
-    return parts is not None and found.are_plain(parts)
+    return _look(root)[1] is not None
 
 
 def suits(x: Tensor) -> bool:
@@ -173,11 +219,13 @@ def suits(x: Tensor) -> bool:
 
 def needs_gradients(x: Tensor, *modules: nn.Module) -> bool:
     """Whether autograd will ask for gradients of x or of a parameter, or a BatchNorm takes the batch's statistics."""
-    tensors = (parameter for module in modules for parameter in module.parameters())
-    if torch.is_grad_enabled() and (x.requires_grad or any(tensor.requires_grad for tensor in tensors)):
-        return True
-    parts: Any = (part for module in modules for part in module.modules() if type(part) in _NORMS)
-    return any(part.training or part.running_mean is None for part in parts)
+    looked = [_look(module) for module in modules]
+    return any(state is None or _needs_gradients(x, parts, state) for parts, state in looked)
+
+
+def _needs_gradients(x: Tensor, parts: _Parts, state: _State) -> bool:
+    asked = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in parts.parameters()))
+    return state.uses_batch or asked
 
 
 def _linear(layer: Any) -> Linear:
@@ -190,33 +238,53 @@ def _norm(layer: Any) -> Norm:
     return Norm(parameters["weight"], parameters["bias"], *statistics, layer.eps)
 
 
-def takes_block(block: Any, x: Tensor) -> bool:
-    """Whether `attention_block` does what a block would."""
-    if not (suits(x) and x.is_contiguous() and type(block) in _agreements and is_plain(block)):
-        return False
-    drops = type(block.drop_path) is not nn.Identity and block.drop_path.training
-    return not drops and x.shape[1] == block.bn1.num_features
-
-
 def on_own_map(block: Any, x: Tensor) -> Tensor:
     """block(x) for a map that nobody else holds, as another such map; without gradients it is made in x's memory."""
-    if takes_block(block, x) and not needs_gradients(x, block):
-        return attention_block(block, x, in_place=True)
-    y = block(x)
-    # What a module gave, it or its hooks may have kept; with gradients nobody writes to it.
-    return y if y.requires_grad else y.clone()
+    y = attention_block(block, x, in_place=True)
+    if y is None:
+        y = block(x)
+        # What a module gave, it or its hooks may have kept; with gradients nobody writes to it.
+        y = y if y.requires_grad else y.clone()
+    return y
 
 
-def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor:
-    """x + conv(ReLU(bn2(sam(ReLU(bn1(x)))))) of a `SelfAttentionBlock` that is plain, for a contiguous x."""
+def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor | None:
+    """x + conv(ReLU(bn2(sam(ReLU(bn1(x)))))) of a `SelfAttentionBlock`, or None where kernels do not do what it would.
+
+    Without gradients it may be made `in_place`, in x's memory.
+    """
+    if not (suits(x) and x.is_contiguous() and type(block) in _agreements):
+        return None
+    parts, state = _look(block)
+    drops = type(block.drop_path) is not nn.Identity and block.drop_path.training
+    if state is None or drops or x.shape[1] != block.bn1.num_features:
+        return None
+    if block.sam.is_recordable() and not _needs_gradients(x, parts, state):
+        return _repeated(block, parts, state, x, x if in_place else torch.empty_like(x))
+    return _with_gradients(block, x)
+
+
+def _with_gradients(block: Any, x: Tensor) -> Tensor:
     sam, layers = block.sam, [_linear(layer) for layer in block.sam.transformations_of_input()]
-    if needs_gradients(x, block):
-        *maps, x = norm_products(x, BatchNorm.of(block.bn1), layers, passes=True)
-        y = sam.attend(*sam.arranged(maps))
-        return norm_products(y, BatchNorm.of(block.bn2), [_linear(block.conv)], residual=x)[0]
-    before, behind, *gamma = fold([(_norm(block.bn1), None), (_norm(block.bn2), None), *sam.norms_to_fold()])
+    *maps, x = norm_products(x, BatchNorm.of(block.bn1), layers, passes=True)
+    y = sam.attend(*sam.arranged(maps))
+    return norm_products(y, BatchNorm.of(block.bn2), [_linear(block.conv)], residual=x)[0]
+
+
+def _repeated(block: Any, parts: _Parts, state: _State, x: Tensor, output: Tensor) -> Tensor:
+    key = (*x.shape, library.threads())
+    recording = parts.recording(state.held, key, lambda: record(partial(_run_block, block), x.shape, x.shape))
+    room = torch.empty(recording.bytes, dtype=torch.uint8)
+    recording.repeat(room.data_ptr(), x.data_ptr(), output.data_ptr())
+    return output
+
+
+def _run_block(block: Any, x: Any, output: Any) -> None:
+    sam, layers = block.sam, [_linear(layer) for layer in block.sam.transformations_of_input()]
+    norms = [(_norm(block.bn1), None), (_norm(block.bn2), None), *sam.norms_to_fold()]
+    before, behind, *gamma = fold(norms, x)
     y = sam.attend_folded(*sam.arranged(products(x, layers, norm=before)), gamma)
-    return products(y, [_linear(block.conv)], norm=behind, residual=x, output=x if in_place else None)[0]
+    products(y, [_linear(block.conv)], norm=behind, residual=x, output=output)
 
 
 def chained_norms(parts: Any) -> list[tuple[Norm, Linear | None]]:
@@ -238,7 +306,7 @@ def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tenso
     x = x.contiguous()
     if needs_gradients(x, norm, layer):
         return norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
-    (folded,) = fold([(_norm(norm), None)])
+    (folded,) = fold([(_norm(norm), None)], x)
     return products(x, [_linear(layer)], norm=folded, pooled=pooled)[0]
 
 
@@ -268,5 +336,5 @@ def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool
         return _pooled_linear(layer, norm(convolution(image)), pooled=pooled)
     if needs_gradients(image, convolution, norm, layer):
         return training_stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
-    (folded,) = fold([(_norm(norm), _linear(convolution))])
+    (folded,) = fold([(_norm(norm), _linear(convolution))], image)
     return products(image, [_linear(layer)], stem=folded, pooled=pooled)[0]

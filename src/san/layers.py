@@ -20,7 +20,7 @@ from san.errors import UserError
 from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
 from san.ops.kernels.pairwise.native import attend_folded as attend_pairs
 from san.ops.kernels.patchwise.native import attend_folded as attend_patches
-from san.ops.kernels.pointwise.native import Affine
+from san.ops.kernels.pointwise.native import Affine, Linear
 from san.ops.mapping import MAPPINGS, AnyMapping
 from san.ops.normalization import SynchronizedBatchNorm2d
 from san.ops.relations import POSITION_WIDTHS, find_relation
@@ -39,6 +39,9 @@ TRANSFORMATIONS = ("different", "query=key", "query=key=value")
 
 class _Attention(nn.Module):
     """The three transformations and the geometry that every form of attention has."""
+
+    # What native kernels are told beside sizes and tensors.
+    kernel_options: tuple[str, ...] = ("footprint", "transformations")
 
     def __init__(
         self,
@@ -98,6 +101,10 @@ class _Attention(nn.Module):
         """y, from what the transformations give."""
         raise NotImplementedError
 
+    def is_recordable(self) -> bool:
+        """Whether native kernels do all of `attend_folded`, so that `san.fused` may repeat their calls."""
+        return True
+
     def geometry(self) -> dict[str, Any]:
         """The footprint as operators take it: kernel_size, stride, dilation, border."""
         return vars(self.footprint).copy()
@@ -126,6 +133,8 @@ class PairwiseAttention(_Attention):
     position, `conv_p`, only weight and bias are used. Departures from the paper: see `san.ops`.
     Raises `UserError` for options that do not fit, and for an input that is not [B, in_channels, H, W].
     """
+
+    kernel_options = (*_Attention.kernel_options, "relation", "position")
 
     def __init__(
         self,
@@ -162,10 +171,10 @@ class PairwiseAttention(_Attention):
         options: dict[str, Any] = {"relation": self.relation, "position": position, **self.geometry()}
         return pairwise_attention(query, key, value, gamma, **options)
 
-    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
+    def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
         """y by the native kernels, with γ's BatchNorms folded; no gradients."""
         last: Any = self.conv_w[-1]
-        layers = (*gamma[1:], Affine(last.weight, last.bias))
+        layers = (*gamma[1:], Linear(last.weight, last.bias))
         return attend_pairs(query, key, value, self._position(), gamma[0], layers, self.relation, self.footprint)
 
     def norms_to_fold(self) -> list[Any]:
@@ -185,6 +194,8 @@ class PatchwiseAttention(_Attention):
     `mapping` γ: L, LRL, LRLRL; its hidden width is G = out_channels/share. Other options, and what may be done to γ,
     as in `PairwiseAttention`. Raises `UserError` as it does.
     """
+
+    kernel_options = (*_Attention.kernel_options, "relation")
 
     def __init__(
         self,
@@ -214,12 +225,14 @@ class PatchwiseAttention(_Attention):
         """y, from what the transformations give."""
         return patchwise_attention(query, key, value, _gamma(self.conv_w), relation=self.relation, **self.geometry())
 
-    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
+    def is_recordable(self) -> bool:
+        """Whether native kernels do all."""
+        return self.relation != "clique"
+
+    def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
         """y by the native kernels, with γ's BatchNorms folded; no gradients."""
-        if self.relation == "clique":
-            return self.attend(query, key, value)
         linears: Any = self.conv_w[2::3]
-        layers = [(*norm, layer.weight, layer.bias) for norm, layer in zip(gamma, linears, strict=True)]
+        layers = [(norm, Linear(layer.weight, layer.bias)) for norm, layer in zip(gamma, linears, strict=True)]
         return attend_patches(query, key, value, layers, self.relation, self.footprint)
 
     def norms_to_fold(self) -> list[Any]:
@@ -254,9 +267,9 @@ class ScalarAttention(_Attention):
         """y, from what the transformations give."""
         return pairwise_attention(query, key, value, relation="dot", **self.geometry())
 
-    def attend_folded(self, query: Tensor, key: Tensor, value: Tensor, gamma: list[Affine]) -> Tensor:
-        """As `attend`, there being no γ."""
-        return self.attend(query, key, value)
+    def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
+        """y by the native kernels, there being no γ; no gradients."""
+        return attend_pairs(query, key, value, None, None, (), "dot", self.footprint)
 
     def norms_to_fold(self) -> list[Any]:
         """Nothing, there being no γ."""
@@ -304,8 +317,9 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, H, W] → [B, channels, H, W]."""
-        if fused.takes_block(self, x):
-            return fused.attention_block(self, x)
+        y = fused.attention_block(self, x)
+        if y is not None:
+            return y
         y = self.sam(F.relu(self.bn1(x)))
         return x + self.drop_path(self.conv(F.relu(self.bn2(y))))
 

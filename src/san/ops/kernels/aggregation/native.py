@@ -15,7 +15,7 @@ from san.ops.kernels.aggregation.reference import AggregationCall
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, output_size, refusal, single
 
-__all__ = ["aggregate", "run", "supports"]
+__all__ = ["aggregate", "aggregate_places", "run", "supports"]
 
 
 @torch.library.custom_op("san::aggregation_forward", mutates_args=())
@@ -72,6 +72,13 @@ def _remember(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return *_backward(single(gradient), *ctx.saved_tensors, ctx.plan), None
+
+
+def aggregate_places(value: Any, weight: Any, plan: list[int]) -> Any:
+    """`aggregate` for maps or places, without gradients."""
+    output = _fake_forward(value, weight, plan)
+    _call("forward", value, weight, plan, output=output)
+    return output
 
 
 aggregate.register_autograd(_gradients, setup_context=_remember)

@@ -47,12 +47,9 @@ class Library:
         The caller keeps the tensors behind the addresses alive. Raises `UserError` if the kernel finds that the sizes
         do not fit one another, `RuntimeError` if it finds no memory.
         """
-        function = self._functions.get(name) or self._find(name)
         count = len(arguments)
         # A third of the time that an array of ctypes.c_int64 takes to fill.
-        code = function(struct.pack(f"{count}q", *arguments), count)
-        if code:
-            raise _failure(name, code)
+        self.function(name)(struct.pack(f"{count}q", *arguments), count)
 
     def native_bytes(self) -> int:
         """Memory that the kernels hold for working in, bytes; they keep it from one call to the next."""
@@ -63,20 +60,24 @@ class Library:
         """Give back what no call is working in."""
         self._binary.san_release_memory()
 
-    def _find(self, name: str) -> Any:
-        function = self._binary[f"san_{name}_{self.instruction_set}"]
-        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        function.restype = ctypes.c_int
-        self._functions[name] = function
-        return function
+    def function(self, name: str) -> Any:
+        """Kernel `name`: takes the address of its arguments, 64 bits each, and their count; raises as `call` does."""
+        found = self._functions.get(name)
+        if found is None:
+            found = self._functions[name] = self._binary[f"san_{name}_{self.instruction_set}"]
+            found.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+            found.errcheck = _check
+            found.__name__ = name
+        return found
 
 
-def _failure(name: str, code: int) -> Exception:
+def _check(code: int, function: Any, _: Any) -> None:
     if code == 1:
-        return UserError(f"the sizes of the arguments of {name} do not fit one another")
+        raise UserError(f"the sizes of the arguments of {function.__name__} do not fit one another")
     if code == 2:
-        return RuntimeError(f"out of memory in the C++ kernel of {name}")
-    return RuntimeError(f"the C++ kernel of {name} failed with code {code}")
+        raise RuntimeError(f"out of memory in the C++ kernel of {function.__name__}")
+    if code:
+        raise RuntimeError(f"the C++ kernel of {function.__name__} failed with code {code}")
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from san.ops.kernels.native import library
+from san.ops.kernels.native import library, recording
 from san.ops.mapping import Mapping
 
 __all__ = ["MAX_LAYERS", "address", "addresses", "call", "output_size", "refusal", "single"]
@@ -45,7 +45,9 @@ def call(kernel: str, *arguments: int, work: int | None = None) -> None:
     if loaded is None:
         raise RuntimeError(f"the kernel {kernel} was called without the native library")
     threads = library.threads()
-    loaded.call(kernel, threads if work is None else min(threads, 1 + work // GRAIN), *arguments)
+    threads = threads if work is None else min(threads, 1 + work // GRAIN)
+    call = (recording.active() or loaded).call
+    call(kernel, threads, *arguments)
 
 
 def output_size(map_: Tensor, geometry: list[int]) -> tuple[int, int]:

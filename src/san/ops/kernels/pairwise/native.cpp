@@ -206,7 +206,8 @@ struct Worker {
     }
 
     Product layer(int64_t n, bool last) const {
-        return {a.weight[n], a.widths[n], a.bias[n], a.widths[n + 1], a.widths[n], BIAS, last ? PLAIN : RELU};
+        Start start = a.bias[n] ? BIAS : ZERO;
+        return {a.weight[n], a.widths[n], a.bias[n], a.widths[n + 1], a.widths[n], start, last ? PLAIN : RELU};
     }
 
     // γ up to its last layer's input; the scores too when there is a value to aggregate.
@@ -697,8 +698,28 @@ int moments_backward(const Arguments &a) {
     return backward_of(a, true);
 }
 
+struct PositionArguments {
+    int64_t threads, height, width;
+    const float *weight, *bias;  // [2][2], and [2] or null
+    float *map;                  // [2][height][width]
+};
+
+// weight · coordinates + bias; coordinates run from −1 to 1, x first.
+int position_map(const PositionArguments &a) {
+    if (!countable(a.height, a.width, 2) || !a.weight || !a.map) return WRONG_SIZES;
+    float x_step = 2.0f / larger(a.width - 1, 1), y_step = 2.0f / larger(a.height - 1, 1);
+    float *to = a.map;
+    for (int64_t c = 0; c < 2; c++)
+        for (int64_t y = 0; y < a.height; y++) {
+            float start = a.weight[2 * c + 1] * (y * y_step - 1.0f) + (a.bias ? a.bias[c] : 0.0f);
+            for (int64_t x = 0; x < a.width; x++) *to++ = a.weight[2 * c] * (x * x_step - 1.0f) + start;
+        }
+    return DONE;
+}
+
 }  // namespace
 
+SAN_KERNEL(position_map, PositionArguments, position_map)
 SAN_KERNEL(pairwise_forward, Arguments, forward)
 SAN_KERNEL(pairwise_backward, Arguments, backward)
 SAN_KERNEL(pairwise_moments, Arguments, moments)

@@ -21,7 +21,7 @@ from san.ops.footprint import Footprint
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import MAX_LAYERS, address, addresses, output_size, refusal, single
 from san.ops.kernels.pairwise.reference import PairwiseCall
-from san.ops.kernels.pointwise.native import Affine
+from san.ops.kernels.pointwise.native import Affine, Linear
 from san.ops.mapping import Mapping
 from san.ops.normalization import Moments
 from san.ops.relations import Position
@@ -283,21 +283,34 @@ def run(call: PairwiseCall) -> Tensor:
 
 
 def attend_folded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Any,
+    key: Any,
+    value: Any,
     position: Position | None,
-    norm: Affine,
-    layers: Sequence[Affine],
+    norm: Affine | None,
+    layers: Sequence[Affine | Linear],
     relation: str,
     footprint: Footprint,
-) -> Tensor:
-    """Pairwise attention of contiguous float32 maps without gradients, BatchNorm folded: γ's first into `norm`, which
-    scales and shifts δ, every other into the weight and bias before it."""
-    weights, biases = ([layer[part].detach() for layer in layers] for part in (0, 1))
-    places = None if position is None else position.map(*key.shape[2:])
-    plan = _plan(relation, footprint, position, len(norm.scale))
-    return _forward(query, key, value, len(weights[-1]), places, *norm, weights, biases, plan)
+) -> Any:
+    """Pairwise attention of contiguous float32 maps or places without gradients, BatchNorm folded: γ's first into
+    `norm`, which scales and shifts δ, every other into the weight and bias before it."""
+    weights, biases = ([layer[part] for layer in layers] for part in (0, 1))
+    width = 1 if norm is None else len(norm.scale)
+    plan = _plan(relation, footprint, position, width)
+    output = value.new_empty(*value.shape[:2], *output_size(value, plan))
+    inputs = _Inputs(query, key, _position_map(position, key), *(norm or (None, None)), weights, biases, plan)
+    groups = len(weights[-1]) if weights else width
+    _call("forward", inputs, layers=len(weights), value=value, groups=groups, output=output)
+    return output
+
+
+def _position_map(position: Position | None, like: Any) -> Any:
+    """`Position.map` by a kernel, for a map or place `like` [B, C, H, W]."""
+    if position is None:
+        return None
+    found = like.new_empty(1, 2, *like.shape[2:])
+    operators.call("position_map", *like.shape[2:], *addresses(position.weight, position.bias, found), work=0)
+    return found
 
 
 def _plan(relation: str, rule: Footprint, position: Position | None, width: int) -> list[int]:

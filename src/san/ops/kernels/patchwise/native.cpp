@@ -230,7 +230,8 @@ struct HiddenForward {
         for (int64_t b = 0; b < relation.blocks(); b++) {
             Rows rows = relation.block(b);
             relation.activate_all(tiles, chunk.count, rows, panel);
-            Product p{a.weight + rows.first, relation.width, a.bias, a.given, rows.count, b ? ADD : BIAS, PLAIN};
+            Start start = b ? ADD : a.bias ? BIAS : ZERO;
+            Product p{a.weight + rows.first, relation.width, a.bias, a.given, rows.count, start, PLAIN};
             product(p, panel, stride, hidden, stride, chunk.count);
         }
         store_panel(tiles, chunk.count, hidden, a.given, frame.f.rows * frame.f.columns, a.hidden);
@@ -437,7 +438,8 @@ struct Output {
 
     void weigh(int64_t g, const float *panel, int64_t count, float *weight) const {
         int64_t stride = count * LANES, row = g * places;
-        Product p{a.weight + row * a.taken, a.taken, a.bias + row, places, a.taken, BIAS, PLAIN};
+        const float *bias = a.bias ? a.bias + row : nullptr;
+        Product p{a.weight + row * a.taken, a.taken, bias, places, a.taken, bias ? BIAS : ZERO, PLAIN};
         product(p, panel, stride, weight, stride, count);
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from san.ops import dispatch
 from san.ops.footprint import Footprint
-from san.ops.kernels.aggregation.native import aggregate
+from san.ops.kernels.aggregation.native import aggregate, aggregate_places
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, output_size, refusal, single
 from san.ops.kernels.patchwise.reference import PatchwiseCall
@@ -283,32 +283,32 @@ def _folded(layer: MappingLayer, query: Tensor, key: Tensor, plan: list[int]) ->
 
 
 def attend_folded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layers: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
-    relation: str,
-    footprint: Footprint,
-) -> Tensor:
-    """Patchwise attention of contiguous float32 maps without gradients, γ's BatchNorms folded.
+    query: Any, key: Any, value: Any, layers: Sequence[tuple[Affine, Linear]], relation: str, footprint: Footprint
+) -> Any:
+    """Patchwise attention of contiguous float32 maps or places without gradients.
 
-    A layer is scale and shift of its BatchNorm, weight [O, D, 1, 1] and bias of its Linear.
+    A layer of γ is its BatchNorm, folded, and its Linear with a weight [O, D, 1, 1].
     """
     plan = [footprint.kernel_size, footprint.stride, footprint.dilation, int(footprint.border == "zeros")]
-    given = [(scale, shift, weight.detach().flatten(1), _bias(weight, bias)) for scale, shift, weight, bias in layers]
     if relation == "star":
-        x = _star(query, key, plan)
+        x = _fake_star(query, key, plan)
+        _call("star", key, plan, (key.shape[1],), query, key, x, *[None] * 3)
     else:
-        x, given = _hidden(query, key, *given[0], plan), given[1:]
-    for scale, shift, weight, bias in given[:-1]:
-        (x,) = products(x, [Linear(weight, bias)], norm=Affine(scale, shift))
-    if given:
-        return _output(x, *given[-1], value, plan)
-    return aggregate(value, x.flatten(2).unflatten(1, (-1, footprint.places)), plan)
-
-
-def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        ((scale, shift), (weight, bias)), *layers = layers
+        weight = weight.flatten(1)
+        x = _fake_hidden(query, key, scale, shift, weight, bias, plan)
+        tensors = (query, key, scale, shift, weight, bias, x, *[None] * 7)
+        _call("hidden", query, plan, _hidden_sizes(query, key, weight), *tensors)
+    for norm, linear in layers[:-1]:
+        (x,) = products(x, [linear], norm=norm)
+    if not layers:
+        return aggregate_places(value, x.reshape(x.shape[0], x.shape[1] // footprint.places, footprint.places, x.shape[2] * x.shape[3]), plan)
+    norm, (weight, bias) = layers[-1]
+    weight = weight.flatten(1)
+    output = _fake_output(x, *norm, weight, bias, value, plan)
+    tensors = (x, *norm, weight, bias, value, output, *[None] * 7)
+    _call("output", value, plan, _output_sizes(x, weight, value, plan), *tensors)
+    return output
 
 
 dispatch.register("patchwise_attention", "native", supports=supports, run=run)

@@ -1,6 +1,7 @@
 """Products on the channel axis by the kernels of `native.cpp`: BatchNorm, ReLU, pooling and residual joined to them.
 
-These are not operators that autograd knows: `san.fused` calls them where it has checked that it may.
+These are not operators that autograd knows: `san.fused` calls them where it has checked that it may. All may be given
+places instead of tensors, to be recorded.
 Legend: B batch, C channels, O output channels, H W map.
 """
 
@@ -9,11 +10,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from san.ops.kernels.native import operators
+from san.ops.kernels.native.recording import Place
 
 __all__ = ["MAX_STEM_CHANNELS", "Affine", "Linear", "Norm", "fold", "products"]
 
@@ -51,13 +53,14 @@ def _bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
-def fold(norms: Sequence[tuple[Norm, Linear | None]]) -> list[Affine]:
-    """Fold up to six BatchNorms, each alone or with the Linear before it."""
+def fold(norms: Sequence[tuple[Norm, Linear | None]], like: Tensor | Place) -> list[Affine]:
+    """Fold up to six BatchNorms, each alone or with the Linear before it, into tensors or places like `like`."""
     arguments: list[int] = []
     folded = []
     for (weight, bias, mean, variance, eps), linear in norms:
         channels, columns = mean.shape[0], linear.weight.shape[1] if linear else 0
-        found = Affine(mean.new_empty((channels, columns) if linear else channels), mean.new_empty(channels))
+        shape = (channels, columns) if linear else (channels,)
+        found: Any = Affine(like.new_empty(*shape), like.new_empty(channels))
         folded.append(found)
         arguments += (channels, *operators.addresses(weight, bias, mean, variance), _bits(eps), columns)
         arguments += operators.addresses(*linear) if linear else (0, 0)
@@ -89,9 +92,10 @@ def products(
     outputs = outputs if output is None else [output, *outputs]
     room = [0] * (_MAX_PRODUCTS - len(linears))
     scale, shift = stem or norm or (None, None)
+    entering = stem.scale.shape[0] if stem else channels
     operators.call(
         "pointwise_forward",
-        *(batch, scale.shape[0] if stem and scale is not None else channels, height, width, int(pooled)),
+        *(batch, entering, height, width, int(pooled)),
         *(channels if stem else 0, operators.address(x)),
         *operators.addresses(None if stem else scale, shift, scale if stem else None),
         *(*(output.shape[1] for output in outputs), *room),
@@ -99,6 +103,6 @@ def products(
         *operators.addresses(*(linear.bias for linear in linears), room=_MAX_PRODUCTS),
         *operators.addresses(*outputs, room=_MAX_PRODUCTS),
         operators.address(residual),
-        work=batch * size[0] * size[1] * channels * sum(output.shape[1] for output in outputs),
+        work=batch * size[0] * size[1] * entering * sum(output.shape[1] for output in outputs),
     )
     return outputs
