@@ -73,11 +73,23 @@ class Spy:
         self.calls = dict.fromkeys(("attention_block", "stem", "norm_pool_linear"), 0)
         for name in self.calls:
             patch.setattr(fused, name, self._counted(name, getattr(fused, name)))
+        patch.setattr(fused, "stages_without_gradients", self._counted_stages(fused.stages_without_gradients))
 
     def _counted(self, name: str, function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def counted(*arguments: Any, **options: Any) -> Tensor | None:
             found = function(*arguments, **options)
             self.calls[name] += found is not None
+            return found
+
+        return counted
+
+    def _counted_stages(self, function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def counted(*arguments: Any) -> Tensor | None:
+            found, stages = function(*arguments), arguments[3]
+            if found is not None:
+                self.calls["attention_block"] += sum(len(stage.blocks) for stage in stages)
+                self.calls["stem"] += 1
+                self.calls["norm_pool_linear"] += len(stages) - 1
             return found
 
         return counted

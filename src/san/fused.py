@@ -10,8 +10,10 @@ Legend: B batch, C channels, H W map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -30,6 +32,7 @@ from san.ops.kernels.pointwise_training.native import stem as training_stem
 from san.ops.normalization import BatchNorm, SynchronizedBatchNorm2d
 
 __all__ = [
+    "Stage",
     "attention_block",
     "chained_norms",
     "is_plain",
@@ -38,6 +41,7 @@ __all__ = [
     "norm_pool_linear",
     "on_own_map",
     "register_block",
+    "stages_without_gradients",
     "stem",
     "suits",
     "takes_stem",
@@ -69,7 +73,7 @@ class _Parts:
         self._found = [(ref(part), type(part), _children(part), _shapes(part), _options(part)) for _, part in named]
         self._known = all(_plays_its_role(name, part) for name, part in named)
         self._known = self._known and (type(root) not in _agreements or _agreements[type(root)](root))
-        self._recordings: dict[tuple[int, ...], tuple[list[Any], Recording]] = {}
+        self.recordings = _Recordings()
 
     def state(self) -> _State | None:
         """What the parts are now, or None if there is more to them than tensors of the declared sizes."""
@@ -77,7 +81,7 @@ class _Parts:
         uses_batch = False
         for reference, kind, children, shapes, options in self._found:
             part: Any = reference()
-            if part.__class__ is not kind or (children if children else part._modules) and _children(part) != children:
+            if part.__class__ is not kind or _children(part) != children:
                 raise _Replaced
             own = part.__dict__
             if not self._known or _is_heard(own):
@@ -91,8 +95,7 @@ class _Parts:
                     held.append(x.data_ptr())
                 else:
                     return None
-            for option in options:
-                held.append(getattr(part, option))
+            held.extend(getattr(part, option) for option in options)
             if kind in _NORMS and (own["training"] or own["_buffers"]["running_mean"] is None):
                 uses_batch = True
         return _State(held, uses_batch)
@@ -102,19 +105,25 @@ class _Parts:
         parts: Any = (reference() for reference, *_ in self._found)
         return (parameter for part in parts for parameter in part._parameters.values() if parameter is not None)
 
-    def recording(self, held: list[Any], key: tuple[int, ...], record: Callable[[], Recording]) -> Recording:
-        """That of the calls which `key` tells apart, made anew if what the parts held then is no longer so."""
-        before, found = self._recordings.get(key, (None, None))
+
+class _Recordings:
+    """Calls that a module makes for some sizes of map, valid while what its parts hold is the same."""
+
+    most = 16
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], tuple[list[Any], Recording]] = {}
+
+    def get(self, held: list[Any], key: tuple[int, ...], record: Callable[[], Recording]) -> Recording:
+        """That of the calls which `key` tells apart, made anew if needed."""
+        before, found = self._found.get(key, (None, None))
         if found is None or before != held:
-            while len(self._recordings) >= _MOST_RECORDINGS:
-                self._recordings.pop(next(iter(self._recordings)), None)
+            while len(self._found) >= self.most:
+                self._found.pop(next(iter(self._found)), None)
             found = record()
-            self._recordings[key] = held, found
+            self._found[key] = held, found
         return found
 
-
-# Of one module, for the sizes of map that it met.
-_MOST_RECORDINGS = 16
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bn1", "bn2"), _NORMS),
@@ -248,6 +257,10 @@ def on_own_map(block: Any, x: Tensor) -> Tensor:
     return y
 
 
+def _drops(block: Any) -> bool:
+    return type(block.drop_path) is not nn.Identity and block.drop_path.training
+
+
 def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor | None:
     """x + conv(ReLU(bn2(sam(ReLU(bn1(x)))))) of a `SelfAttentionBlock`, or None where kernels do not do what it would.
 
@@ -256,8 +269,7 @@ def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor 
     if not (suits(x) and x.is_contiguous() and type(block) in _agreements):
         return None
     parts, state = _look(block)
-    drops = type(block.drop_path) is not nn.Identity and block.drop_path.training
-    if state is None or drops or x.shape[1] != block.bn1.num_features:
+    if state is None or _drops(block) or x.shape[1] != block.bn1.num_features:
         return None
     if block.sam.is_recordable() and not _needs_gradients(x, parts, state):
         return _repeated(block, parts, state, x, x if in_place else torch.empty_like(x))
@@ -273,7 +285,7 @@ def _with_gradients(block: Any, x: Tensor) -> Tensor:
 
 def _repeated(block: Any, parts: _Parts, state: _State, x: Tensor, output: Tensor) -> Tensor:
     key = (*x.shape, library.threads())
-    recording = parts.recording(state.held, key, lambda: record(partial(_run_block, block), x.shape, x.shape))
+    recording = parts.recordings.get(state.held, key, lambda: record(partial(_run_block, block), x.shape, x.shape))
     room = torch.empty(recording.bytes, dtype=torch.uint8)
     recording.repeat(room.data_ptr(), x.data_ptr(), output.data_ptr())
     return output
@@ -338,3 +350,84 @@ def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool
         return training_stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
     (folded,) = fold([(_norm(norm), _linear(convolution))], image)
     return products(image, [_linear(layer)], stem=folded, pooled=pooled)[0]
+
+
+class Stage(NamedTuple):
+    """A network's stage: 2×2 pooling if `pooled`, a pointwise convolution, blocks, and BatchNorm with ReLU."""
+
+    pooled: bool
+    convolution: Any
+    blocks: list[Any]
+    norm: Any
+
+
+def stages_without_gradients(
+    root: Any, convolution: Any, norm: Any, stages: list[Stage], image: Tensor
+) -> Tensor | None:
+    """What stem (convolution, norm, ReLU) and stages of `root` give, before the last BatchNorm, as one run of kernels.
+
+    None where gradients are wanted or kernels do not do all; `suits` and `takes_stem` have been asked.
+    """
+    modules = [convolution, norm, *(part for each in stages for part in (each.convolution, *each.blocks, each.norm))]
+    held: list[Any] = [stage.pooled for stage in stages]
+    for module in modules:
+        parts, state = _look(module)
+        if state is None or _needs_gradients(image, parts, state):
+            return None
+        held += state.held
+    if not stages or not all(map(_chains, [norm, *(stage.norm for stage in stages)], stages)):
+        return None
+    return _repeated_stages(root, partial(_run_stages, convolution, norm, stages), held, stages, image)
+
+
+def _repeated_stages(
+    root: Any, run: Callable[..., None], held: list[Any], stages: list[Stage], image: Tensor
+) -> Tensor:
+    recordings, maps = _networks.setdefault(root, _Recordings()), _maps(stages, image.shape)
+    output = image.new_empty(maps[-1])
+    share = max(1, len(image) * _ROOM // (4 * max(map(prod, maps))))
+    for images, given in zip(image.split(share), output.split(share), strict=True):
+        key = (*images.shape, library.threads())
+        recording = recordings.get(held, key, partial(record, run, images.shape, given.shape))
+        room = torch.empty(recording.bytes, dtype=torch.uint8)
+        recording.repeat(room.data_ptr(), images.data_ptr(), given.data_ptr())
+    return output
+
+
+# Bytes of the largest map that some images of a batch may have: then a few of them stay in the processor's cache, and
+# the C library keeps the memory from one call to the next.
+_ROOM = 7 << 20
+_networks: WeakKeyDictionary[nn.Module, _Recordings] = WeakKeyDictionary()
+
+
+def _chains(before: Any, stage: Stage) -> bool:
+    """Whether a stage's parts, and the BatchNorm before it, are such as `_run_stages` takes them to be."""
+    if not all(type(each) in _agreements and not _drops(each) and each.sam.is_recordable() for each in stage.blocks):
+        return False
+    norms = [stage.norm, *(each.bn1 for each in stage.blocks)]
+    return _follows(before, stage.convolution) and all(_follows(each, stage.convolution, before=True) for each in norms)
+
+
+def _run_stages(convolution: Any, norm: Any, stages: list[Stage], image: Any, output: Any) -> None:
+    (folded,) = fold([(_norm(norm), _linear(convolution))], image)
+    maps = _maps(stages, image.shape)
+    # Two maps take turns; the last one is the output.
+    turns = [image.new_empty(max(map(prod, maps[turn:-1:2]), default=0)) for turn in (0, 1)]
+    x: Any = image
+    before = {"stem": folded}
+    for number, (stage, shape) in enumerate(zip(stages, maps, strict=True)):
+        y = output if number == len(maps) - 1 else turns[number % 2].reshape(*shape)
+        options: dict[str, Any] = {**before, "pooled": stage.pooled, "output": y}
+        products(x, [_linear(stage.convolution)], **options)
+        for block in stage.blocks:
+            with image.scratch():
+                _run_block(block, y, y)
+        x, before = y, {"norm": fold([(_norm(stage.norm), None)], image)[0]}
+
+
+def _maps(stages: list[Stage], image: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes of what every stage gives."""
+    batch, _, height, width = image
+    halvings = list(accumulate(stage.pooled for stage in stages))
+    widths = [stage.convolution.out_channels for stage in stages]
+    return [(batch, channels, height >> n, width >> n) for channels, n in zip(widths, halvings, strict=True)]

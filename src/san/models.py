@@ -131,6 +131,13 @@ class SAN(nn.Module):
         names = [f"{kind}{stage}" for stage in range(len(self.feature_info)) for kind in ("conv", "bn")]
         return all(fused.is_plain(self.get_submodule(name)) for name in ["conv_in", "bn_in", *names])
 
+    def _stages(self) -> list[fused.Stage]:
+        parts: Any = self._modules
+        return [
+            fused.Stage(pooled, parts[f"conv{stage}"], list(parts[f"layer{stage}"].children()), parts[f"bn{stage}"])
+            for stage, pooled in enumerate(self.pools)
+        ]
+
     def _fused_features(self, x: Tensor) -> Tensor:
         """The same as stem and stages, where a stage's end, the pooling and the next stage's begin are one product."""
         x = fused.stem(self.conv_in, self.bn_in, self.conv0, x.contiguous(), pooled=self.pools[0])
@@ -146,7 +153,8 @@ class SAN(nn.Module):
         """[B, in_chans, H, W] → the last stage's map [B, C, H/32, W/32]."""
         if self._is_fused(x):
             self._check_input(x)
-            return self._fused_features(x)
+            y = fused.stages_without_gradients(self, self.conv_in, self.bn_in, self._stages(), x.contiguous())
+            return self._fused_features(x) if y is None else F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
         x = self._stem(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)

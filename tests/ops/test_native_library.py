@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -84,7 +83,7 @@ def test_every_instruction_set_of_this_machine_can_be_forced(monkeypatch):
 @pytest.mark.parametrize(("code", "kind"), [(1, UserError), (2, RuntimeError), (3, RuntimeError)])
 def test_codes_become_sentences(code, kind):
     with pytest.raises(kind, match="aggregation"):
-        library._check(code, SimpleNamespace(__name__="aggregation"), ())
+        raise library.failure("aggregation", code)
 
 
 CHILD = """

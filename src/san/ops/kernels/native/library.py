@@ -24,7 +24,7 @@ import torch
 from san.errors import UserError
 from san.ops.kernels import native
 
-__all__ = ["Library", "announce_absence", "load", "threads"]
+__all__ = ["Library", "announce_absence", "failure", "load", "threads"]
 
 _FILE = "libsan_native.so"
 # The kernels take no more.
@@ -40,6 +40,10 @@ class Library:
         self.instruction_set = instruction_set
         self._binary = binary
         self._functions: dict[str, Any] = {}
+        # Of addresses: the steps, their number, their arguments; see sequence.cpp.
+        self.run_sequence = binary.san_run_sequence
+        self.run_sequence.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self.run_sequence.restype = ctypes.c_int64
 
     def call(self, name: str, *arguments: int) -> None:
         """Run kernel `name` on addresses and sizes. Other Python threads run meanwhile.
@@ -47,9 +51,16 @@ class Library:
         The caller keeps the tensors behind the addresses alive. Raises `UserError` if the kernel finds that the sizes
         do not fit one another, `RuntimeError` if it finds no memory.
         """
+        function = self._functions.get(name) or self._find(name)
         count = len(arguments)
         # A third of the time that an array of ctypes.c_int64 takes to fill.
-        self.function(name)(struct.pack(f"{count}q", *arguments), count)
+        code = function(struct.pack(f"{count}q", *arguments), count)
+        if code:
+            raise failure(name, code)
+
+    def address(self, name: str) -> int:
+        """Where kernel `name` begins, for `run_sequence`."""
+        return ctypes.cast(self._functions.get(name) or self._find(name), ctypes.c_void_p).value or 0
 
     def native_bytes(self) -> int:
         """Memory that the kernels hold for working in, bytes; they keep it from one call to the next."""
@@ -60,24 +71,21 @@ class Library:
         """Give back what no call is working in."""
         self._binary.san_release_memory()
 
-    def function(self, name: str) -> Any:
-        """Kernel `name`: takes the address of its arguments, 64 bits each, and their count; raises as `call` does."""
-        found = self._functions.get(name)
-        if found is None:
-            found = self._functions[name] = self._binary[f"san_{name}_{self.instruction_set}"]
-            found.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-            found.errcheck = _check
-            found.__name__ = name
-        return found
+    def _find(self, name: str) -> Any:
+        function = self._binary[f"san_{name}_{self.instruction_set}"]
+        function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        function.restype = ctypes.c_int
+        self._functions[name] = function
+        return function
 
 
-def _check(code: int, function: Any, _: Any) -> None:
+def failure(name: str, code: int) -> Exception:
+    """The exception that a kernel's code stands for."""
     if code == 1:
-        raise UserError(f"the sizes of the arguments of {function.__name__} do not fit one another")
+        return UserError(f"the sizes of the arguments of {name} do not fit one another")
     if code == 2:
-        raise RuntimeError(f"out of memory in the C++ kernel of {function.__name__}")
-    if code:
-        raise RuntimeError(f"the C++ kernel of {function.__name__} failed with code {code}")
+        return RuntimeError(f"out of memory in the C++ kernel of {name}")
+    return RuntimeError(f"the C++ kernel of {name} failed with code {code}")
 
 
 @cache

@@ -7,7 +7,8 @@ that `Recording.repeat` is given. Whatever else the calls name, weights for inst
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -56,8 +57,15 @@ class Place:
         return self._recording.room(shape[0] if isinstance(shape[0], tuple) else shape)
 
     def reshape(self, *shape: int) -> Place:
-        """The same memory with another shape, of as many numbers."""
+        """The beginning of the same memory in another shape."""
         return Place(self._recording, shape, self._memory, self._start)
+
+    @contextmanager
+    def scratch(self) -> Generator[None]:
+        """What is placed inside gives its room back at the end."""
+        used = self._recording.used
+        yield
+        self._recording.used = used
 
 
 class Recording:
@@ -65,12 +73,14 @@ class Recording:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.used = 0
         self._calls: list[tuple[str, tuple[int, ...]]] = []
 
     def room(self, shape: Sequence[int]) -> Place:
         """A place in the room, on cache lines of its own."""
-        place = Place(self, shape, 0, self.bytes)
-        self.bytes += (4 * place.numel() + _LINE - 1) // _LINE * _LINE
+        place = Place(self, shape, 0, self.used)
+        self.used += (4 * place.numel() + _LINE - 1) // _LINE * _LINE
+        self.bytes = max(self.bytes, self.used)
         return place
 
     def call(self, kernel: str, *arguments: int) -> None:
@@ -82,24 +92,23 @@ class Recording:
         loaded: Any = library.load()
         self._arguments = np.array([value for _, values in self._calls for value in values], np.int64)
         self._where = np.flatnonzero(self._arguments < 0)
-        self._memory, start = np.divmod(-1 - self._arguments[self._where], _SPAN)
-        self._arguments[self._where] = start
+        self._memory, self._arguments[self._where] = np.divmod(-1 - self._arguments[self._where], _SPAN)
         counts = [len(values) for _, values in self._calls]
-        starts = accumulate(counts[:-1], initial=0)
-        names = [name for name, _ in self._calls]
-        self._steps = [(loaded.function(name), 8 * at, count) for name, at, count in zip(names, starts, counts, strict=True)]
+        functions = [loaded.address(name) for name, _ in self._calls]
+        self._steps = np.array([functions, [0, *accumulate(counts[:-1])], counts], np.int64).T.copy()
         return self
 
     def repeat(self, *memories: int) -> None:
         """Run the calls on memories at these addresses: the room, then those of the places given to `record`.
 
-        The caller keeps all memory alive; that of the weights lies where it lay.
+        The caller keeps all memory alive; that of the weights lies where it lay. Raises as the kernels' calls do.
         """
+        loaded: Any = library.load()
         arguments = self._arguments.copy()
         arguments[self._where] += np.array(memories)[self._memory]
-        start = arguments.ctypes.data
-        for function, at, count in self._steps:
-            function(start + at, count)
+        failure = loaded.run_sequence(self._steps.ctypes.data, len(self._steps), arguments.ctypes.data)
+        if failure:
+            raise library.failure(self._calls[failure // 256][0], failure % 256)
 
 
 def record(run: Callable[..., object], *shapes: Sequence[int]) -> Recording:

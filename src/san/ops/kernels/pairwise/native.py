@@ -294,7 +294,8 @@ def attend_folded(
 ) -> Any:
     """Pairwise attention of contiguous float32 maps or places without gradients, BatchNorm folded: γ's first into
     `norm`, which scales and shifts δ, every other into the weight and bias before it."""
-    weights, biases = ([layer[part] for layer in layers] for part in (0, 1))
+    weights: Any = [layer[0] for layer in layers]
+    biases: Any = [layer[1] for layer in layers]
     width = 1 if norm is None else len(norm.scale)
     plan = _plan(relation, footprint, position, width)
     output = value.new_empty(*value.shape[:2], *output_size(value, plan))

@@ -302,7 +302,11 @@ def attend_folded(
     for norm, linear in layers[:-1]:
         (x,) = products(x, [linear], norm=norm)
     if not layers:
-        return aggregate_places(value, x.reshape(x.shape[0], x.shape[1] // footprint.places, footprint.places, x.shape[2] * x.shape[3]), plan)
+        return aggregate_places(
+            value,
+            x.reshape(x.shape[0], x.shape[1] // footprint.places, footprint.places, x.shape[2] * x.shape[3]),
+            plan,
+        )
     norm, (weight, bias) = layers[-1]
     weight = weight.flatten(1)
     output = _fake_output(x, *norm, weight, bias, value, plan)

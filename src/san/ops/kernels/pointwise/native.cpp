@@ -21,7 +21,7 @@ struct Arguments : Input {
 constexpr int64_t MAX_GROUP = 24;  // vectors of a panel's row
 constexpr int64_t AHEAD = 4;       // channels between the one being read and the one being fetched
 
-// A tile of one channel, or the four tiles that pooling compares.
+// The 2×2 pixels that pooling compares, for a tile of pooled ones.
 struct Reader {
     const Arguments &a;
     const Tile &tile;
@@ -32,16 +32,11 @@ struct Reader {
               tile.centre[LANES - 1] - tile.centre[0] == 2 * (LANES - 1);
     }
 
-    Vector plain(const float *channel, int64_t image_stride) const { return at_centres(tile, channel, image_stride); }
-
     void four(const float *channel, int64_t image_stride, Vector *x) const {
         for (int y = 0; y < 2; y++) {
             const float *from = channel + y * a.width;
             if (row) {
-                const float *start = from + tile.image[0] * image_stride + tile.centre[0];
-                Vector low = load(start), high = load(start + LANES);
-                x[2 * y] = every_second(low, high, 0);
-                x[2 * y + 1] = every_second(low, high, 1);
+                two(from + tile.image[0] * image_stride + tile.centre[0], x + 2 * y);
                 continue;
             }
             Vector even{}, odd{};
@@ -54,40 +49,42 @@ struct Reader {
             x[2 * y + 1] = odd;
         }
     }
+
+    static void two(const float *from, Vector *x) {
+        Vector low = load(from), high = load(from + LANES);
+        x[0] = every_second(low, high, 0);
+        x[1] = every_second(low, high, 1);
+    }
 };
 
-// One channel of a tile, normalised, rectified and pooled.
-Vector read(const Arguments &a, const Reader &reader, int64_t c) {
-    int64_t size = a.height * a.width;
-    const float *channel = a.input + c * size;
-    if (!a.pooled) {
-        Vector x = reader.plain(channel, a.channels * size);
-        return a.scale ? rectified(x * a.scale[c] + a.shift[c]) : x;
-    }
-    Vector four[4];
-    reader.four(channel, a.channels * size, four);
-    for (int i = 0; a.scale && i < 4; i++) four[i] = four[i] * a.scale[c] + a.shift[c];
-    return a.scale ? rectified(largest(four)) : largest(four);
-}
-
 // The stem: image → Linear with BatchNorm folded in → ReLU → pooling, pixel by pixel of the pooled map.
+template <int CHANNELS, int READINGS>
 void fill_stem(const Arguments &a, const Tile &tile, float *panel, int64_t stride) {
-    int64_t size = a.height * a.width, readings = a.pooled ? 4 : 1;
-    Reader reader(a, tile);
-    Vector image[MAX_STEM_CHANNELS][4];
-    for (int64_t k = 0; k < a.stem_channels; k++) {
+    int64_t size = a.height * a.width;
+    Vector image[CHANNELS][READINGS];
+    for (int k = 0; k < CHANNELS; k++) {
         const float *channel = a.input + k * size;
-        if (a.pooled) reader.four(channel, a.stem_channels * size, image[k]);
-        else image[k][0] = reader.plain(channel, a.stem_channels * size);
+        if (READINGS == 4) Reader(a, tile).four(channel, CHANNELS * size, image[k]);
+        else image[k][0] = at_centres(tile, channel, CHANNELS * size);
     }
     for (int64_t c = 0; c < a.channels; c++) {
         Vector sum[4];
-        for (int64_t i = 0; i < readings; i++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < READINGS; i++) {
             sum[i] = broadcast(a.shift[c]);
-            for (int64_t k = 0; k < a.stem_channels; k++) sum[i] += image[k][i] * a.stem_weight[c * a.stem_channels + k];
+#pragma GCC unroll 4
+            for (int k = 0; k < CHANNELS; k++) sum[i] += image[k][i] * a.stem_weight[c * CHANNELS + k];
         }
-        store(panel + c * stride, rectified(readings == 4 ? largest(sum) : sum[0]));
+        store(panel + c * stride, rectified(READINGS == 4 ? largest(sum) : sum[0]));
     }
+}
+
+using FillStem = void (*)(const Arguments &, const Tile &, float *, int64_t);
+
+FillStem stem_of(const Arguments &a) {
+    constexpr FillStem pooled[] = {fill_stem<1, 4>, fill_stem<2, 4>, fill_stem<3, 4>, fill_stem<4, 4>};
+    constexpr FillStem plain[] = {fill_stem<1, 1>, fill_stem<2, 1>, fill_stem<3, 1>, fill_stem<4, 1>};
+    return (a.pooled ? pooled : plain)[a.stem_channels - 1];
 }
 
 // Columns of one task: up to `most` tiles, and whether their output lies one behind the other.
@@ -105,19 +102,70 @@ struct Group {
 // As many vectors as leave a panel in the core's second cache; long runs of a channel are what memory is quick at.
 int64_t group_size(const Arguments &a) { return larger(6, smaller(24, 4096 / larger(a.channels, 1) / 3 * 3)); }
 
+inline Vector normalised(const Arguments &a, Vector x, int64_t c) {
+    return a.scale ? rectified(x * a.scale[c] + a.shift[c]) : x;
+}
+
+// A vector of pooled pixels of channel c; the first row of their pixels starts at `from`, the second `next` behind it.
+inline Vector pool_vector(const Arguments &a, int64_t c, const float *from, int64_t next) {
+    Vector four[4];
+    Reader::two(from, four);
+    Reader::two(from + next, four + 2);
+    for (int i = 0; a.scale && i < 4; i++) four[i] = four[i] * a.scale[c] + a.shift[c];
+    return a.scale ? rectified(largest(four)) : largest(four);
+}
+
+// `count` pooled pixels of channel c that lie in one row, whose first pixels are at `from`. Whole vectors are written:
+// those that follow overwrite what is too much.
+void pool_row(const Arguments &a, int64_t c, const float *from, int64_t count, float *out) {
+    const float *stop = a.input + a.batch * a.channels * a.height * a.width;
+    for (int64_t i = 0; i < count; i += LANES, from += 2 * LANES) {
+        if (from + a.width + 2 * LANES <= stop) {
+            store(out + i, pool_vector(a, c, from, a.width));
+            continue;
+        }
+        // Behind the last pixels the map ends.
+        float last[4 * LANES] = {};
+        int64_t left = 2 * smaller(LANES, count - i);
+        memcpy(last, from, left * sizeof(float));
+        memcpy(last + 2 * LANES, from + a.width, left * sizeof(float));
+        store(out + i, pool_vector(a, c, last, 2 * LANES));
+    }
+}
+
 // Channels are the outer loop: a group's pixels of one channel lie side by side, those of the next far away.
-void fill(const Arguments &a, const Footprint &f, const Group &group, float *panel, int64_t stride) {
-    Tile tiles[MAX_GROUP];
-    for (int64_t v = 0; v < group.count; v++) tiles[v] = Tile(f, group.first + v);
-    for (int64_t v = 0; a.stem_channels && v < group.count; v++) fill_stem(a, tiles[v], panel + v * LANES, stride);
-    if (a.stem_channels) return;
-    const float *next = a.input + tiles[0].image[0] * a.channels * a.height * a.width + tiles[0].centre[0];
+void fill_pooled(const Arguments &a, const Footprint &f, const Group &group, float *panel, int64_t stride) {
+    int64_t size = f.rows * f.columns, first = group.first * LANES;
+    int64_t stop = smaller(first + group.count * LANES, f.pixels);
+    for (int64_t c = 0; c < a.channels; c++)
+        for (int64_t pixel = first, count; pixel < stop; pixel += count) {
+            int64_t row = pixel % size / f.columns, column = pixel % f.columns;
+            count = smaller(f.columns - column, stop - pixel);
+            const float *channel = a.input + (pixel / size * a.channels + c) * a.height * a.width;
+            pool_row(a, c, channel + 2 * (row * a.width + column), count, panel + c * stride + pixel - first);
+        }
+}
+
+void fill_plain(const Arguments &a, const Tile *tiles, const Group &group, float *panel, int64_t stride) {
+    int64_t size = a.height * a.width;
+    const float *next = a.input + tiles[0].image[0] * a.channels * size + tiles[0].centre[0];
     for (int64_t c = 0; c < a.channels; c++) {
         for (int64_t v = 0; c + AHEAD < a.channels && group.contiguous && v < group.count; v++)
-            __builtin_prefetch(next + (c + AHEAD) * a.height * a.width + v * LANES);
-        for (int64_t v = 0; v < group.count; v++)
-            store(panel + c * stride + v * LANES, read(a, Reader(a, tiles[v]), c));
+            __builtin_prefetch(next + (c + AHEAD) * size + v * LANES);
+        for (int64_t v = 0; v < group.count; v++) {
+            Vector x = at_centres(tiles[v], a.input + c * size, a.channels * size);
+            store(panel + c * stride + v * LANES, normalised(a, x, c));
+        }
     }
+}
+
+void fill(const Arguments &a, const Footprint &f, const Group &group, float *panel, int64_t stride) {
+    if (a.pooled && !a.stem_channels) return fill_pooled(a, f, group, panel, stride);
+    Tile tiles[MAX_GROUP];
+    for (int64_t v = 0; v < group.count; v++) tiles[v] = Tile(f, group.first + v);
+    if (!a.stem_channels) return fill_plain(a, tiles, group, panel, stride);
+    FillStem stem = stem_of(a);
+    for (int64_t v = 0; v < group.count; v++) stem(a, tiles[v], panel + v * LANES, stride);
 }
 
 // Rows [row, row + rows) of product `n` for one group's columns.
@@ -178,14 +226,14 @@ int forward(const Arguments &a) {
     int64_t groups = (f.tiles() + most - 1) / most, rows = chunk_rows(given, threads, groups);
     int64_t chunks = (given + rows - 1) / rows;
     Workspace sizes;
-    sizes.take<float>(a.channels * stride);
+    sizes.take<float>(a.channels * stride + LANES);
     sizes.take<float>(rows * stride);
     Block block(threads * sizes.used());
     if (!block.start) return OUT_OF_MEMORY;
 #pragma omp parallel num_threads(threads)
     {
         Workspace space(static_cast<char *>(block.start) + thread_number() * sizes.used());
-        float *panel = space.take<float>(a.channels * stride), *room = space.take<float>(rows * stride);
+        float *panel = space.take<float>(a.channels * stride + LANES), *room = space.take<float>(rows * stride);
         int64_t filled = -1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < groups * chunks; task++) {

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from san.ops.kernels.native import operators
-from san.ops.kernels.native.recording import Place
 
 __all__ = ["MAX_STEM_CHANNELS", "Affine", "Linear", "Norm", "fold", "products"]
 
@@ -53,14 +52,14 @@ def _bits(number: float) -> int:
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
-def fold(norms: Sequence[tuple[Norm, Linear | None]], like: Tensor | Place) -> list[Affine]:
+def fold(norms: Sequence[tuple[Norm, Linear | None]], like: Any) -> list[Affine]:
     """Fold up to six BatchNorms, each alone or with the Linear before it, into tensors or places like `like`."""
     arguments: list[int] = []
     folded = []
     for (weight, bias, mean, variance, eps), linear in norms:
         channels, columns = mean.shape[0], linear.weight.shape[1] if linear else 0
         shape = (channels, columns) if linear else (channels,)
-        found: Any = Affine(like.new_empty(*shape), like.new_empty(channels))
+        found = Affine(like.new_empty(*shape), like.new_empty(channels))
         folded.append(found)
         arguments += (channels, *operators.addresses(weight, bias, mean, variance), _bits(eps), columns)
         arguments += operators.addresses(*linear) if linear else (0, 0)
