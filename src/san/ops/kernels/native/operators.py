@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 from san.ops.kernels.native import library, recording
 from san.ops.mapping import Mapping
 
-__all__ = ["MAX_LAYERS", "address", "addresses", "call", "output_size", "refusal", "single"]
+__all__ = ["MAX_LAYERS", "address", "addresses", "bits", "call", "output_size", "refusal", "runs_eagerly", "single"]
 
 # As in the kernels: more layers than the paper's longest mapping, LRLRL, has.
 MAX_LAYERS = 4
@@ -33,6 +35,11 @@ def address(x: Tensor | None) -> int:
 def addresses(*tensors: Tensor | None, room: int = 0) -> list[int]:
     """Addresses of tensors, followed by zeros up to `room` of them."""
     return [*map(address, tensors), *[0] * (room - len(tensors))]
+
+
+def bits(number: float) -> int:
+    """The 64 bits of a number in double precision, as kernels take them."""
+    return struct.unpack("q", struct.pack("d", number))[0]
 
 
 def call(kernel: str, *arguments: int, work: int | None = None) -> None:
@@ -80,3 +87,26 @@ def refusal(call: Any) -> str | None:
     if mapping is not None and len(mapping.layers) > MAX_LAYERS:
         return f"native fuses at most {MAX_LAYERS} layers, but the mapping has {len(mapping.layers)}"
     return None
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors, as kernels read them, and nothing traces, observes or transforms what is done.
+
+    Then an autograd function may call kernels directly; custom operators, for which PyTorch has an answer in every
+    other case, cost more than the small kernels themselves.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not _python_dispatch._len_torch_dispatch_stack()
+        and all(map(_is_plain, tensors))
+    )
+
+
+def _is_plain(x: Tensor | None) -> bool:
+    if x is None:
+        return True
+    usual = type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype is torch.float32
+    return usual and x.is_contiguous() and not x.is_neg()

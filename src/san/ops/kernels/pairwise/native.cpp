@@ -18,7 +18,7 @@ struct Arguments {
     const float *query, *key, *value, *position, *scale, *shift;
     int64_t widths[MAX_LAYERS + 1];  // channels between γ's layers, δ's first
     const float *weight[MAX_LAYERS], *bias[MAX_LAYERS];
-    // forward: output. backward: what follows it, gradients of everything.
+    // forward: output. backward: what follows it, gradients of everything, to which a call adds.
     float *output;
     const float *gradient;
     float *query_gradient, *key_gradient, *value_gradient, *position_gradient, *scale_gradient, *shift_gradient;
@@ -357,7 +357,8 @@ void centre_backward(Worker &w, const Tile &tile, const Tile &target, const floa
     for (int64_t c = 0; c < p.key_channels; c++) {
         bool position = c >= a.relation_channels;
         float *to = position ? a.position_gradient + (c - a.relation_channels) * size : a.query_gradient + c * size;
-        set_centres(tile, to, (position ? 2 : a.relation_channels) * size, load(w.query + c * LANES));
+        int64_t stride = (position ? 2 : a.relation_channels) * size;
+        set_centres(tile, to, stride, at_centres(tile, to, stride) + load(w.query + c * LANES));
     }
 }
 
@@ -500,7 +501,7 @@ void add(float *to, const float *from, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
 
-// Adds all slices up, in their order, into the gradients' tensors, which start as zeros.
+// Adds all slices up, in their order, into the gradients' tensors.
 void merge(const Problem &p, const Sums *sums, int64_t slices) {
     const Arguments &a = p.a;
     int64_t size = p.f.height * p.f.width;

@@ -5,25 +5,31 @@ training needs of the batch, the moments that BatchNorm asks for, are operators 
 statistics, their synchronisation and the folding are plain PyTorch on per-channel tensors. The second and later
 BatchNorms follow from mean and co-deviations C of the activations before the Linear, W·mean and diag(W·C·Wᵀ): that
 costs half a product, and its backward needs no second look at what comes behind.
+
+Where nothing traces or transforms a call, all this is one function of autograd instead, `_Attention`, which calls the
+same kernels: hundreds of operators on vectors of a few channels take longer than the kernels on small maps.
 Legend: B batch, R relation width, D δ's width, C value channels, G weight groups, H W map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from san.ops import dispatch
-from san.ops.footprint import Footprint
+from san.ops.footprint import Footprint, coordinates
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import MAX_LAYERS, address, addresses, output_size, refusal, single
+from san.ops.kernels.normalization.native import Samples, fold, fold_backward, suits
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.kernels.pointwise.native import Affine, Linear
-from san.ops.mapping import Mapping
-from san.ops.normalization import Moments
+from san.ops.mapping import Mapping, MappingLayer
+from san.ops.normalization import BatchNorm, Moments
 from san.ops.relations import Position
 
 __all__ = ["attend_folded", "run", "supports"]
@@ -73,8 +79,24 @@ class _Inputs(NamedTuple):
         layers = len(self.weights)
         return query, key, position, *vectors, gradients[5 : 5 + layers], gradients[5 + layers :], None
 
-    def observed_width(self) -> int:
-        """Channels whose moments are taken: δ's, or those of the activations that the last weights give."""
+    def extended(self, norm: Affine, weight: Tensor, bias: Tensor | None) -> _Inputs:
+        """With one more layer of γ: its BatchNorm, folded into the Linear before it if there is one, and its Linear."""
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        if self.scale is None:
+            return self._replace(scale=norm.scale, shift=norm.shift, weights=[weight], biases=[bias])
+        weights, biases = [*self.weights[:-1], norm.scale, weight], [*self.biases[:-1], norm.shift, bias]
+        return self._replace(weights=weights, biases=biases)
+
+    def observed(self) -> _Inputs:
+        """What gives the samples behind the next BatchNorm's moments: δ, or what enters the last Linear."""
+        return self._replace(weights=self.weights[:-1], biases=self.biases[:-1])
+
+    def samples(self) -> int:
+        """How many samples BatchNorm has: pixels times places."""
+        return self.query.shape[0] * self.plan[0] ** 2 * _pixels(self)
+
+    def given_width(self) -> int:
+        """Channels that γ gives so far: the last weights', or δ's."""
         return len(self.weights[-1]) if self.weights else self.plan[-1]
 
 
@@ -111,6 +133,39 @@ def _call(
     )
 
 
+def _attend(inputs: _Inputs, value: Tensor, groups: int) -> Tensor:
+    output = value.new_empty(*value.shape[:2], *output_size(value, inputs.plan))
+    if output.numel():
+        _call("forward", inputs, layers=len(inputs.weights), value=value, groups=groups, output=output)
+    return output
+
+
+def _attend_backward(inputs: _Inputs, value: Tensor, groups: int, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of value and of the inputs."""
+    found, of_value = inputs.gradients(), torch.zeros_like(value)
+    if gradient.numel():
+        given: Any = {"value": value, "groups": groups, "gradient": gradient, "value_gradient": of_value}
+        _call("backward", inputs, layers=len(inputs.weights), gradients=found, **given)
+    return of_value, found
+
+
+def _observe(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    """Mean [D] and deviations [D] of δ; with its BatchNorm, mean and co-deviations [D, D] of what γ gives so far."""
+    mean, deviation = _fake_moments(*inputs)
+    if inputs.query.numel():
+        layers = 0 if inputs.scale is None else len(inputs.weights) + 1
+        _call("moments", inputs, layers=layers, moments=(mean, deviation, None, None))
+    return mean, deviation
+
+
+def _observe_backward(inputs: _Inputs, slope: Tensor, intercept: Tensor, found: list[Tensor]) -> None:
+    """Add to the gradients of the inputs what slope · x + intercept at every sample x gives."""
+    if inputs.query.numel():
+        layers = 0 if inputs.scale is None else len(inputs.weights) + 1
+        moments = (None, None, slope, intercept)
+        _call("moments_backward", inputs, layers=layers, gradients=found, moments=moments)
+
+
 @torch.library.custom_op("san::pairwise_forward", mutates_args=())
 def _forward(
     query: Tensor,
@@ -124,11 +179,7 @@ def _forward(
     biases: list[Tensor],
     plan: list[int],
 ) -> Tensor:
-    output = value.new_empty(*value.shape[:2], *output_size(value, plan))
-    if output.numel():
-        inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
-        _call("forward", inputs, layers=len(weights), value=value, groups=groups, output=output)
-    return output
+    return _attend(_Inputs(query, key, position, scale, shift, weights, biases, plan), value, groups)
 
 
 @_forward.register_fake
@@ -151,10 +202,7 @@ def _backward(
     plan: list[int],
 ) -> list[Tensor]:
     inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
-    found, of_value = inputs.gradients(), torch.zeros_like(value)
-    if gradient.numel():
-        given: Any = {"value": value, "groups": groups, "gradient": gradient, "value_gradient": of_value}
-        _call("backward", inputs, layers=len(weights), gradients=found, **given)
+    of_value, found = _attend_backward(inputs, value, groups, gradient)
     return [of_value, *found]
 
 
@@ -174,18 +222,13 @@ def _moments(
     biases: list[Tensor],
     plan: list[int],
 ) -> tuple[Tensor, Tensor]:
-    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
-    mean, deviation = _fake_moments(*inputs)
-    if query.numel():
-        layers = 0 if scale is None else len(weights) + 1
-        _call("moments", inputs, layers=layers, moments=(mean, deviation, None, None))
-    return mean, deviation
+    return _observe(_Inputs(query, key, position, scale, shift, weights, biases, plan))
 
 
 @_moments.register_fake
 def _fake_moments(*inputs: Any) -> tuple[Tensor, Tensor]:
     found = _Inputs(*inputs)
-    width, double = found.observed_width(), torch.float64
+    width, double = found.given_width(), torch.float64
     shape = [width] if found.scale is None else [width, width]
     return found.query.new_zeros(width, dtype=double), found.query.new_zeros(shape, dtype=double)
 
@@ -205,10 +248,7 @@ def _moments_backward(
 ) -> list[Tensor]:
     inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
     found = inputs.gradients()
-    if query.numel():
-        layers = 0 if scale is None else len(weights) + 1
-        moments = (None, None, slope, intercept)
-        _call("moments_backward", inputs, layers=layers, gradients=found, moments=moments)
+    _observe_backward(inputs, slope, intercept, found)
     return found
 
 
@@ -242,7 +282,7 @@ def _moments_gradients(ctx: Any, of_mean: Tensor, of_deviation: Tensor) -> tuple
     # The mean's derivative is 1/n; the deviations' is linear in x − mean, and the mean's own motion does not count.
     mean, *tensors = ctx.saved_tensors
     inputs = _Inputs.of(tensors, ctx.plan)
-    samples = inputs.query.shape[0] * ctx.plan[0] ** 2 * _pixels(inputs)
+    samples = inputs.samples()
     square = inputs.scale is not None
     slope = of_deviation + of_deviation.T if square else 2 * of_deviation
     intercept = of_mean / max(samples, 1) - (slope @ mean if square else slope * mean)
@@ -269,17 +309,118 @@ def supports(call: PairwiseCall) -> str | None:
     return refusal(call)
 
 
+class _Attention(torch.autograd.Function):
+    """All of pairwise attention, moments and BatchNorm's running averages included; `norms` are those of γ's layers.
+
+    `parameters` are weight and bias of the position, then, layer by layer, of BatchNorm and of the Linear.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        norms: list[BatchNorm],
+        plan: list[int],
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        weight, bias, *_ = parameters
+        position = None if weight is None else _places(weight, bias, *key.shape[2:])
+        inputs = _Inputs(query, key, position, None, None, [], [], plan)
+        ctx.norms, ctx.plan, ctx.position, ctx.folded = norms, plan, position, []
+        for norm, linear in zip(norms, _linears(parameters), strict=True):
+            samples = Samples(inputs.samples(), *_observe(inputs.observed())) if norm.uses_batch else None
+            found = fold(norm, samples, _last(inputs))
+            ctx.folded.append(found)
+            inputs = inputs.extended(found.affine, *linear)
+        ctx.save_for_backward(query, key, value, *parameters)
+        return _attend(inputs, value, inputs.given_width())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        query, key, value, *parameters = ctx.saved_tensors
+        stages = [_Inputs(query, key, ctx.position, None, None, [], [], ctx.plan)]
+        for found, linear in zip(ctx.folded, _linears(parameters), strict=True):
+            stages.append(stages[-1].extended(found.affine, *linear))
+        inputs = stages.pop()
+        of_value, given = _attend_backward(inputs, value, inputs.given_width(), single(gradient))
+        of_parameters = _through_layers(ctx.norms, ctx.folded, stages, given)
+        of_position = (None, None) if ctx.position is None else _places_backward(given[2])
+        found = (*given[:2], of_value, None, None, *of_position, *of_parameters)
+        return tuple(x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _parameters(position: Position | None, layers: Sequence[MappingLayer]) -> list[Tensor | None]:
+    """What `_Attention` calls so."""
+    places = (None, None) if position is None else (position.weight, position.bias)
+    return [*places, *(x for layer in layers for x in (layer.norm.weight, layer.norm.bias, layer.weight, layer.bias))]
+
+
+def _linears(parameters: Any) -> list[Linear]:
+    return [Linear(*pair) for pair in zip(parameters[4::4], parameters[5::4], strict=True)]
+
+
+def _last(inputs: _Inputs) -> Linear | None:
+    """The last Linear so far."""
+    return Linear(inputs.weights[-1], inputs.biases[-1]) if inputs.weights else None
+
+
+def _through_layers(norms: Any, folded: Any, stages: Any, given: list[Any]) -> list[Tensor]:
+    """Gradients of BatchNorm's weight and bias and the Linear's, layer by layer, from those `given` to folded inputs.
+
+    `stages` are the inputs before each layer joined them. What moments give to query, key and position is added.
+    """
+    weights, biases = given[5 : 5 + len(norms)], given[5 + len(norms) :]
+    made: list[Tensor] = []
+    for i in reversed(range(len(norms))):
+        ends = [x.double() for x in ((weights[i - 1], biases[i - 1]) if i else given[3:5])]
+        back = fold_backward(norms[i], folded[i], *ends, _last(stages[i]))
+        made = [back.weight, back.bias, weights[i], biases[i], *made]
+        if back.linear is not None:
+            weights[i - 1], biases[i - 1] = back.linear
+        if back.slope is not None and back.intercept is not None:
+            before = stages[i].observed()
+            to = [*given[:5], *weights[: len(before.weights)], *biases[: len(before.weights)]]
+            _observe_backward(before, back.slope.float(), back.intercept.float(), to)
+    return made
+
+
+@lru_cache(maxsize=16)
+def _coordinates(height: int, width: int) -> Tensor:
+    """Coordinates of every pixel of a map: [2, H·W]."""
+    # Kept for later calls, of which some may record gradients.
+    with torch.inference_mode(False):
+        return coordinates(height, width, like=torch.empty(0, dtype=torch.float32, device="cpu"))[0].flatten(1)
+
+
+def _places(weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    """`Position.map`."""
+    places = weight @ _coordinates(height, width)
+    return (places if bias is None else places.add_(bias.unsqueeze(1))).view(1, 2, height, width)
+
+
+def _places_backward(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the position's weight and bias from those of every image's places [B, 2, H, W]."""
+    total = gradient.sum(0).flatten(1)
+    return total @ _coordinates(*gradient.shape[2:]).T, total.sum(1)
+
+
 def run(call: PairwiseCall) -> Tensor:
     """Pairwise attention; see `reference.py`."""
-    query, key, *position = map(single, call.maps())
-    value = single(call.value)
-    width = call.mapping.widths()[0] if isinstance(call.mapping, Mapping) else _identity_width(call)
+    query, key, value = map(single, (call.query, call.key, call.value))
+    layers = call.mapping.layers if isinstance(call.mapping, Mapping) else ()
+    width = layers[0].weight.shape[1] if layers else _identity_width(call)
     plan = _plan(call.relation, call.footprint, call.position, width)
-    inputs = _Inputs(query, key, position[0] if position else None, None, None, [], [], plan)
-    if isinstance(call.mapping, Mapping):
-        inputs = _with_mapping(inputs, call.mapping)
-    groups = len(inputs.weights[-1]) if inputs.weights else width
-    return _forward(query, key, value, groups, *inputs[2:]).to(call.value.dtype)
+    norms, parameters = [layer.norm for layer in layers], _parameters(call.position, layers)
+    if query.numel() and suits(norms, query, key, value, *parameters):
+        y = _Attention.apply(query, key, value, norms, plan, *parameters)
+    else:
+        position = None if call.position is None else single(call.position.map(*key.shape[2:]))
+        inputs = _with_mapping(_Inputs(query, key, position, None, None, [], [], plan), layers)
+        y = _forward(query, key, value, inputs.given_width(), *inputs[2:])
+    return y.to(call.value.dtype)
 
 
 def attend_folded(
@@ -329,35 +470,25 @@ def _identity_width(call: PairwiseCall) -> int:
     return width + (call.position.width if call.position else 0)
 
 
-def _with_mapping(inputs: _Inputs, mapping: Mapping) -> _Inputs:
+def _with_mapping(inputs: _Inputs, layers: Sequence[MappingLayer]) -> _Inputs:
     """The inputs with γ's layers folded in, one after the other, because each BatchNorm's moments need those before."""
-    samples = inputs.query.shape[0] * inputs.plan[0] ** 2 * _pixels(inputs)
-    for layer in mapping.layers:
-        local = _local_moments(inputs, samples) if layer.norm.uses_batch else None
-        scale, shift = map(single, layer.norm.scale_and_shift(local))
-        if inputs.scale is None:
-            inputs = inputs._replace(scale=scale, shift=shift)
-        else:
-            *weights, weight = inputs.weights
-            *biases, bias = inputs.biases
-            weights, biases = [*weights, weight * scale.unsqueeze(1)], [*biases, bias * scale + shift]
-            inputs = inputs._replace(weights=weights, biases=biases)
-        weight = single(layer.weight)
-        bias = weight.new_zeros(len(weight)) if layer.bias is None else single(layer.bias)
-        inputs = inputs._replace(weights=[*inputs.weights, weight], biases=[*inputs.biases, bias])
+    for layer in layers:
+        local = _local_moments(inputs) if layer.norm.uses_batch else None
+        norm, last = Affine(*map(single, layer.norm.scale_and_shift(local))), _last(inputs)
+        if last is not None and last.bias is not None:
+            norm = Affine(last.weight * norm.scale.unsqueeze(1), last.bias * norm.scale + norm.shift)
+        inputs = inputs.extended(norm, single(layer.weight), None if layer.bias is None else single(layer.bias))
     return inputs
 
 
-def _local_moments(inputs: _Inputs, samples: int) -> Moments:
+def _local_moments(inputs: _Inputs) -> Moments:
     """Moments of what the next BatchNorm normalises: δ, or the last weights' product."""
-    count = inputs.query.new_full((), samples, dtype=torch.float64)
-    if inputs.scale is None:
-        return Moments(count, *_moments(*inputs))
-    *weights, last = inputs.weights
-    *biases, bias = inputs.biases
-    mean, deviation = _moments(*inputs._replace(weights=weights, biases=biases))
-    weight = last.to(torch.float64)
-    return Moments(count, weight @ mean + bias, ((weight @ deviation) * weight).sum(1).clamp_min(0))
+    count, last = inputs.query.new_full((), inputs.samples(), dtype=torch.float64), _last(inputs)
+    mean, deviation = _moments(*inputs.observed())
+    if last is None:
+        return Moments(count, mean, deviation)
+    weight = last.weight.to(torch.float64)
+    return Moments(count, weight @ mean + last.bias, ((weight @ deviation) * weight).sum(1).clamp_min(0))
 
 
 dispatch.register("pairwise_attention", "native", supports=supports, run=run)

@@ -665,7 +665,7 @@ struct MomentsArguments {
     const float *query, *key;
     double *mean, *deviation;
     const double *slope, *intercept;
-    float *query_gradient, *key_gradient;
+    float *query_gradient, *key_gradient;  // to which the backward adds
 
     bool fits() const {
         return geometry.fits(query_channels, 1) && (key_channels == 0 || key_channels == query_channels);
@@ -821,7 +821,7 @@ struct MomentsBackward {
             for (int64_t y = 0; y < f.rows; y++) {
                 int64_t at = ((image * a.query_channels + c) * f.height + y * f.stride) * f.width;
                 for (int64_t x = 0; x < f.columns; x++)
-                    a.query_gradient[at + x * f.stride] =
+                    a.query_gradient[at + x * f.stride] +=
                         static_cast<float>(a.slope[c] * a.query[at + x * f.stride] + a.intercept[c]);
             }
     }

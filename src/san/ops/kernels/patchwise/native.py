@@ -5,6 +5,9 @@ operators are δ with the first Linear, the last Linear with aggregation, and δ
 first and the last also serve the layers between, on maps; the chain rule through BatchNorm's statistics is autograd's.
 The star relation is a map of K channels to begin with. Tensors are float32 and contiguous, and `plan` is everywhere
 kernel size, stride, dilation, zeros.
+
+Where nothing traces or transforms a call, each layer of γ is one function of autograd instead, `_HiddenLayer` or
+`_OutputLayer`, which calls the same kernels and BatchNorm's own: operators on small vectors take longer than these.
 Legend: B batch, R relation width, K places, D δ's width, C value channels, G weight groups, H W map, P output pixels.
 """
 
@@ -15,16 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from san.ops import dispatch
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation.native import aggregate, aggregate_places
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, output_size, refusal, single
+from san.ops.kernels.normalization.native import Folded, Gradients, Samples, fold, fold_backward, suits
 from san.ops.kernels.patchwise.reference import PatchwiseCall
-from san.ops.kernels.pointwise.native import Affine, Linear, products
+from san.ops.kernels.pointwise.native import Affine, products
 from san.ops.mapping import Mapping, MappingLayer
-from san.ops.normalization import Moments
+from san.ops.normalization import BatchNorm, Moments
 
 __all__ = ["attend_folded", "run", "supports"]
 
@@ -41,8 +46,7 @@ def _hidden_sizes(query: Tensor, key: Tensor, weight: Tensor) -> tuple[int, ...]
     return query.shape[1], key.shape[1], len(weight)
 
 
-@torch.library.custom_op("san::patchwise_hidden", mutates_args=())
-def _hidden(
+def _give_hidden(
     query: Tensor, key: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, plan: list[int]
 ) -> Tensor:
     """weight · relu(scale · δ + shift) + bias of concatenation: [B, O, H_out, W_out] for a weight [O, D].
@@ -57,13 +61,15 @@ def _hidden(
     return output
 
 
+_hidden = torch.library.custom_op("san::patchwise_hidden", _give_hidden, mutates_args=())
+
+
 @_hidden.register_fake
 def _fake_hidden(query: Tensor, key: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(query.shape[0], len(weight), *output_size(query, rest[-1]))
 
 
-@torch.library.custom_op("san::patchwise_hidden_backward", mutates_args=())
-def _hidden_backward(
+def _give_hidden_backward(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -77,6 +83,9 @@ def _hidden_backward(
         inputs = (query, key, scale, shift, weight, None, None, gradient)
         _call("hidden_backward", query, plan, _hidden_sizes(query, key, weight), *inputs, *found)
     return found
+
+
+_hidden_backward = torch.library.custom_op("san::patchwise_hidden_backward", _give_hidden_backward, mutates_args=())
 
 
 @_hidden_backward.register_fake
@@ -98,8 +107,7 @@ def _output_sizes(hidden: Tensor, weight: Tensor, value: Tensor, plan: list[int]
     return hidden.shape[1], len(weight) // plan[0] ** 2, value.shape[1]
 
 
-@torch.library.custom_op("san::patchwise_output", mutates_args=())
-def _output(
+def _give_output(
     hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, value: Tensor, plan: list[int]
 ) -> Tensor:
     """Aggregation of value by α = weight · relu(scale · hidden + shift) + bias, whose channel g·K + j is α_gj."""
@@ -110,14 +118,16 @@ def _output(
     return output
 
 
+_output = torch.library.custom_op("san::patchwise_output", _give_output, mutates_args=())
+
+
 @_output.register_fake
 def _fake_output(hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     _, value, plan = rest
     return value.new_empty(*value.shape[:2], *output_size(value, plan))
 
 
-@torch.library.custom_op("san::patchwise_output_backward", mutates_args=())
-def _output_backward(
+def _give_output_backward(
     gradient: Tensor,
     hidden: Tensor,
     scale: Tensor,
@@ -134,6 +144,9 @@ def _output_backward(
     return found
 
 
+_output_backward = torch.library.custom_op("san::patchwise_output_backward", _give_output_backward, mutates_args=())
+
+
 @_output_backward.register_fake
 def _fake_output_backward(gradient: Tensor, *inputs: Any) -> list[Tensor]:
     return [torch.zeros_like(x) for x in inputs[:-1]]
@@ -148,8 +161,7 @@ def _output_gradients(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return *_output_backward(single(gradient), *ctx.saved_tensors, ctx.plan), None
 
 
-@torch.library.custom_op("san::patchwise_moments", mutates_args=())
-def _moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
+def _give_moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
     """Mean [D] and sum of squared deviations [D] of concatenation's δ, in float64; of a map if key has no channels."""
     mean, deviation = _fake_moments(query, key, plan)
     if query.numel():
@@ -158,10 +170,22 @@ def _moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tenso
     return mean, deviation
 
 
+_moments = torch.library.custom_op("san::patchwise_moments", _give_moments, mutates_args=())
+
+
 @_moments.register_fake
 def _fake_moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
     width = query.shape[1] + key.shape[1] * plan[0] ** 2
     return query.new_zeros(width, dtype=torch.float64), query.new_zeros(width, dtype=torch.float64)
+
+
+def _add_moments_backward(
+    slope: Tensor, intercept: Tensor, query: Tensor, key: Tensor, plan: list[int], found: tuple[Tensor, Tensor]
+) -> None:
+    """Add slope · x + intercept at every x of δ to the gradients `found` of query and key."""
+    if query.numel():
+        sizes = (query.shape[1], key.shape[1])
+        _call("moments_backward", query, plan, sizes, query, key, None, None, slope, intercept, *found)
 
 
 @torch.library.custom_op("san::patchwise_moments_backward", mutates_args=())
@@ -169,9 +193,7 @@ def _moments_backward(
     slope: Tensor, intercept: Tensor, query: Tensor, key: Tensor, plan: list[int]
 ) -> tuple[Tensor, Tensor]:
     found = _fake_moments_backward(slope, intercept, query, key, plan)
-    if query.numel():
-        sizes = (query.shape[1], key.shape[1])
-        _call("moments_backward", query, plan, sizes, query, key, None, None, slope, intercept, *found)
+    _add_moments_backward(slope, intercept, query, key, plan, found)
     return found
 
 
@@ -242,6 +264,90 @@ def _samples(map_: Tensor, plan: list[int]) -> int:
     return map_.shape[0] * rows * columns
 
 
+def _without_keys(map_: Tensor) -> tuple[Tensor, list[int]]:
+    """Key and plan with which δ is the map: that of a footprint of one place, without keys."""
+    return map_.new_empty(map_.shape[0], 0, *map_.shape[2:]), [1, 1, 1, 0]
+
+
+def _fold(norm: BatchNorm, query: Tensor, key: Tensor, plan: list[int]) -> Folded:
+    """A layer's BatchNorm, which sees δ of query and key."""
+    if not norm.uses_batch:
+        return fold(norm, None)
+    return fold(norm, Samples(_samples(query, plan), *_give_moments(query, key, plan)))
+
+
+def _fold_backward(ctx: Any, query: Tensor, key: Tensor, plan: list[int], found: Sequence[Tensor]) -> Gradients:
+    """From the gradients `found` of query, key, scale and shift, to the first two of which moments' are added."""
+    back = fold_backward(ctx.norm, ctx.folded, found[2].double(), found[3].double())
+    if back.slope is not None and back.intercept is not None:
+        _add_moments_backward(back.slope, back.intercept, query, key, plan, (found[0], found[1]))
+    return back
+
+
+def _wanted(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+class _HiddenLayer(torch.autograd.Function):
+    """A layer of γ that gives a map, its BatchNorm's moments and running averages included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        norm: BatchNorm,
+        plan: list[int],
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.plan, ctx.folded = norm, plan, _fold(norm, query, key, plan)
+        ctx.save_for_backward(query, key, weight)
+        return _give_hidden(query, key, *ctx.folded.affine, weight, _bias(weight, bias), plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, weight = ctx.saved_tensors
+        found = _give_hidden_backward(single(gradient), query, key, *ctx.folded.affine, weight, ctx.plan)
+        back = _fold_backward(ctx, query, key, ctx.plan, found)
+        return _wanted(ctx, found[0], found[1], None, None, back.weight, back.bias, found[4], found[5])
+
+
+class _OutputLayer(torch.autograd.Function):
+    """The last layer of γ with aggregation, its BatchNorm's moments and running averages included."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        value: Tensor,
+        norm: BatchNorm,
+        plan: list[int],
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.plan, ctx.folded = norm, plan, _fold(norm, hidden, *_without_keys(hidden))
+        bias = _bias(weight, bias)
+        ctx.save_for_backward(hidden, value, weight, bias)
+        return _give_output(hidden, *ctx.folded.affine, weight, bias, value, plan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, value, weight, bias = ctx.saved_tensors
+        of_hidden, of_scale, of_shift, of_weight, of_bias, of_value = _give_output_backward(
+            single(gradient), hidden, *ctx.folded.affine, weight, bias, value, ctx.plan
+        )
+        nothing, alone = _without_keys(hidden)
+        back = _fold_backward(ctx, hidden, nothing, alone, (of_hidden, nothing, of_scale, of_shift))
+        return _wanted(ctx, of_hidden, of_value, None, None, back.weight, back.bias, of_weight, of_bias)
+
+
 def supports(call: PatchwiseCall) -> str | None:
     """None, or why the kernels cannot run the call."""
     if call.relation not in ("concatenation", "star"):
@@ -259,19 +365,33 @@ def run(call: PatchwiseCall) -> Tensor:
     if call.relation == "star":
         x = _star(query, key, plan)
     else:
-        x, layers = _hidden(query, key, *_folded(layers[0], query, key, plan), plan), layers[1:]
-    # A layer on a map is δ's of a footprint of one place, without keys.
-    nothing, alone = x.new_empty(x.shape[0], 0, *x.shape[2:]), [1, 1, 1, 0]
+        x, layers = _hidden_layer(query, key, layers[0], plan), layers[1:]
     for layer in layers[:-1]:
-        x = _hidden(x, nothing, *_folded(layer, x, nothing, alone), alone)
+        nothing, alone = _without_keys(x)
+        x = _hidden_layer(x, nothing, layer, alone)
     if layers:
-        y = _output(x, *_folded(layers[-1], x, nothing, alone), value, plan)
+        y = _output_layer(x, layers[-1], value, plan)
     else:
         y = aggregate(value, x.flatten(2).unflatten(1, (-1, rule.places)), plan)
     return y.to(call.value.dtype)
 
 
-def _folded(layer: MappingLayer, query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _hidden_layer(query: Tensor, key: Tensor, layer: MappingLayer, plan: list[int]) -> Tensor:
+    parameters = (layer.norm.weight, layer.norm.bias, layer.weight, layer.bias)
+    if query.numel() and suits([layer.norm], query, key, *parameters):
+        return _HiddenLayer.apply(query, key, layer.norm, plan, *parameters)
+    return _hidden(query, key, *_folded(query, key, layer, plan), plan)
+
+
+def _output_layer(hidden: Tensor, layer: MappingLayer, value: Tensor, plan: list[int]) -> Tensor:
+    parameters = (layer.norm.weight, layer.norm.bias, layer.weight, layer.bias)
+    if hidden.numel() and suits([layer.norm], hidden, value, *parameters):
+        return _OutputLayer.apply(hidden, value, layer.norm, plan, *parameters)
+    nothing, alone = _without_keys(hidden)
+    return _output(hidden, *_folded(hidden, nothing, layer, alone), value, plan)
+
+
+def _folded(query: Tensor, key: Tensor, layer: MappingLayer, plan: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scale and shift of a layer's BatchNorm, which sees δ of query and key, and weight and bias of its Linear."""
     weight, local = single(layer.weight), None
     bias = weight.new_zeros(len(weight)) if layer.bias is None else single(layer.bias)
@@ -283,7 +403,7 @@ def _folded(layer: MappingLayer, query: Tensor, key: Tensor, plan: list[int]) ->
 
 
 def attend_folded(
-    query: Any, key: Any, value: Any, layers: Sequence[tuple[Affine, Linear]], relation: str, footprint: Footprint
+    query: Any, key: Any, value: Any, layers: Sequence[tuple[Affine, Any]], relation: str, footprint: Footprint
 ) -> Any:
     """Patchwise attention of contiguous float32 maps or places without gradients.
 
@@ -294,25 +414,19 @@ def attend_folded(
         x = _fake_star(query, key, plan)
         _call("star", key, plan, (key.shape[1],), query, key, x, *[None] * 3)
     else:
-        ((scale, shift), (weight, bias)), *layers = layers
-        weight = weight.flatten(1)
-        x = _fake_hidden(query, key, scale, shift, weight, bias, plan)
-        tensors = (query, key, scale, shift, weight, bias, x, *[None] * 7)
-        _call("hidden", query, plan, _hidden_sizes(query, key, weight), *tensors)
+        (norm, (weight, bias)), *layers = layers
+        x = _give_hidden(query, key, *norm, weight.flatten(1), bias, plan)
     for norm, linear in layers[:-1]:
         (x,) = products(x, [linear], norm=norm)
     if not layers:
-        return aggregate_places(
-            value,
-            x.reshape(x.shape[0], x.shape[1] // footprint.places, footprint.places, x.shape[2] * x.shape[3]),
-            plan,
-        )
+        groups, pixels = x.shape[1] // footprint.places, x.shape[2] * x.shape[3]
+        return aggregate_places(value, x.reshape(x.shape[0], groups, footprint.places, pixels), plan)
     norm, (weight, bias) = layers[-1]
-    weight = weight.flatten(1)
-    output = _fake_output(x, *norm, weight, bias, value, plan)
-    tensors = (x, *norm, weight, bias, value, output, *[None] * 7)
-    _call("output", value, plan, _output_sizes(x, weight, value, plan), *tensors)
-    return output
+    return _give_output(x, *norm, weight.flatten(1), bias, value, plan)
+
+
+def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
 dispatch.register("patchwise_attention", "native", supports=supports, run=run)

@@ -2,7 +2,7 @@
 
 Each function is one node of autograd: forward takes the batch's moments, folds BatchNorm and multiplies; backward
 recomputes what entered the products, and joins the three terms of BatchNorm's gradient in one pass over the map.
-Legend: B batch, C channels, O output channels, K image channels, H W map, N samples behind a mean.
+Legend: B batch, C channels, O output channels, K image channels, H W map.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from san.errors import UserError
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, single
+from san.ops.kernels.normalization.native import Folded, Gradients, Samples, fold, fold_backward
 from san.ops.kernels.pointwise.native import Affine, Linear, products
-from san.ops.normalization import BatchNorm, Moments
+from san.ops.normalization import BatchNorm
 
 __all__ = ["norm_products", "stem"]
 
@@ -28,54 +28,7 @@ _MAX_PRODUCTS = 3
 _PASS = 16
 
 
-class _Statistics(NamedTuple):
-    """What normalising took: mean, 1/σ, scale and shift [C] in float64, and N, 0 for fixed statistics."""
-
-    mean: Tensor
-    inverse: Tensor
-    scale: Tensor
-    shift: Tensor
-    count: Tensor
-
-    @classmethod
-    def of(cls, norm: BatchNorm, local: Moments | None) -> _Statistics:
-        if local is None:
-            running: Any = (norm.running_mean, norm.running_var)
-            mean, variance = (x.double() for x in running)
-            count = mean.new_zeros(())
-        else:
-            if local.count == 1 and not norm.synchronized:
-                raise UserError("BatchNorm in training needs more than one value per channel, but there is one pixel")
-            total = norm.total(local)
-            mean, variance, count = total.mean, total.deviation / total.count.clamp_min(1), total.count
-        inverse = torch.rsqrt(variance + norm.eps)
-        scale = inverse if norm.weight is None else inverse * norm.weight
-        shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
-        return cls(mean, inverse, scale, shift, count)
-
-    def affine(self) -> Affine:
-        return Affine(self.scale.float(), self.shift.float())
-
-
-class _Reductions(NamedTuple):
-    """Σ g and Σ g·x̂ [C] of this process, for BatchNorm's own gradients, and their means, for its input's gradient."""
-
-    total: Tensor
-    normalised: Tensor
-    mean: Tensor
-    normalised_mean: Tensor
-
-    @classmethod
-    def of(cls, norm: BatchNorm, found: _Statistics, total: Tensor, product: Tensor) -> _Reductions:
-        normalised = found.inverse * (product - found.mean * total)
-        both = torch.stack([total, normalised])
-        if norm.synchronized:
-            distributed.all_reduce(both, group=norm.group)
-        means = both / found.count if norm.uses_batch else torch.zeros_like(both)
-        return cls(total, normalised, *means)
-
-
-class _Gradients(NamedTuple):
+class _Made(NamedTuple):
     """Of every Linear's weight and bias, of the input before BatchNorm, and Σ g [C], Σ g·x [C] or [C, K]."""
 
     weights: list[Tensor | None]
@@ -85,13 +38,13 @@ class _Gradients(NamedTuple):
     product: Tensor
 
 
-def _moments(x: Tensor) -> Moments:
+def _samples(x: Tensor) -> Samples:
     """Moments of every channel of x [B, C, H, W], in float64."""
     batch, channels, height, width = x.shape
-    mean, deviation = x.new_empty(2, channels, dtype=torch.float64)
+    mean, deviation = (x.new_empty(channels, dtype=torch.float64) for _ in range(2))
     sizes, addresses = (batch, channels, height * width), operators.addresses(x, mean, deviation)
     operators.call("channel_moments", *sizes, *addresses, work=_PASS * x.numel())
-    return Moments(mean.new_full((), batch * height * width), mean, deviation)
+    return Samples(batch * height * width, mean, deviation)
 
 
 def _backward(
@@ -104,7 +57,7 @@ def _backward(
     is_stem: bool,
     wanted: Sequence[bool],
     wants_input: bool,
-) -> _Gradients:
+) -> _Made:
     """Back through products of one input; `wanted` says for every weight and bias whether its gradient is."""
     batch, channels, height, width = x.shape
     tensors = [x for linear in linears for x in linear]
@@ -128,17 +81,16 @@ def _backward(
         *operators.addresses(gradient, total, product),
         work=2 * batch * height * width * taken * sum(linear.weight.shape[0] for linear in linears),
     )
-    return _Gradients(made[0::2], made[1::2], gradient, total, product)
+    return _Made(made[0::2], made[1::2], gradient, total, product)
 
 
-def _through_norm(
-    gradient: Tensor, x: Tensor, found: _Statistics, sums: _Reductions, residual: Tensor | None
-) -> Tensor:
-    """scale · (g − mean g − x̂ · mean g·x̂) + residual, in g's place."""
-    slope = -found.scale * found.inverse * sums.normalised_mean
-    constant = -found.scale * sums.mean - slope * found.mean
-    factors = [x.float() for x in (found.scale, slope, constant)]
+def _through_norm(gradient: Tensor, x: Tensor, found: Folded, back: Gradients, residual: Tensor | None) -> Tensor:
+    """scale · gradient + slope · x + intercept + residual, in the gradient's place."""
+    slope, intercept = back.slope, back.intercept
+    if slope is None or intercept is None:
+        slope = intercept = torch.zeros_like(found.affine.scale)
     batch, channels, height, width = x.shape
+    factors = (found.affine.scale, slope.float(), intercept.float())
     addresses = operators.addresses(gradient, x, *factors, residual)
     operators.call("norm_input_gradient", batch, channels, height * width, *addresses, work=_PASS * x.numel())
     return gradient
@@ -165,8 +117,8 @@ class _NormProducts(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         linears = _paired(tensors)
-        found = _Statistics.of(norm, _moments(x) if norm.uses_batch else None)
-        outputs = products(x, linears, norm=found.affine(), pooled=pooled, residual=residual)
+        found = fold(norm, _samples(x) if norm.uses_batch else None)
+        outputs = products(x, linears, norm=found.affine, pooled=pooled, residual=residual)
         ctx.norm, ctx.pooled, ctx.passes, ctx.found = norm, pooled, passes, found
         ctx.save_for_backward(x, *tensors)
         return (*outputs, x.view_as(x)) if passes else tuple(outputs)
@@ -180,12 +132,11 @@ class _NormProducts(torch.autograd.Function):
         passed = given.pop() if ctx.passes else None
         found, needed = ctx.found, ctx.needs_input_grad
         options: Any = {"pooled": ctx.pooled, "is_stem": False, "wanted": needed[7:], "wants_input": needed[0]}
-        made = _backward(x, linears, given, found.affine(), **options)
-        sums = _Reductions.of(ctx.norm, found, made.total, made.product)
-        of_x = None if made.input is None else _through_norm(made.input, x, found, sums, passed)
-        own = [x.float() for x in (sums.normalised, sums.total)]
+        made = _backward(x, linears, given, found.affine, **options)
+        back = fold_backward(ctx.norm, found, made.product, made.total)
+        of_x = None if made.input is None else _through_norm(made.input, x, found, back, passed)
         parameters = [x for pair in zip(made.weights, made.biases, strict=True) for x in pair]
-        of_norm = [x if want else None for x, want in zip(own, needed[5:7], strict=True)]
+        of_norm = [x if want else None for x, want in zip(back[:2], needed[5:7], strict=True)]
         return of_x, given[0] if needed[1] else None, None, None, None, *of_norm, *parameters
 
 
@@ -221,13 +172,11 @@ class _Stem(torch.autograd.Function):
         behind: Tensor,
         pooled: bool,
     ) -> Tensor:
-        mean, deviation = _image_moments(image)
-        rows, count = weight.flatten(1).double(), image.numel() // image.shape[1]
-        local = Moments(mean.new_full((), count), rows @ mean, ((rows @ deviation) * rows).sum(1))
-        found = _Statistics.of(norm, local if norm.uses_batch else None)
-        ctx.norm, ctx.pooled, ctx.found, ctx.mean, ctx.deviation = norm, pooled, found, mean, deviation
+        linear = Linear(weight, None)
+        found = fold(norm, _image_samples(image) if norm.uses_batch else None, linear)
+        ctx.norm, ctx.pooled, ctx.found = norm, pooled, found
         ctx.save_for_backward(image, weight, behind)
-        return products(image, [Linear(behind, None)], stem=_folded(found, weight), pooled=pooled)[0]
+        return products(image, [Linear(behind, None)], stem=found.affine, pooled=pooled)[0]
 
     @staticmethod
     @once_differentiable
@@ -235,30 +184,21 @@ class _Stem(torch.autograd.Function):
         image, weight, behind = ctx.saved_tensors
         found, needed = ctx.found, ctx.needs_input_grad
         options: Any = {"pooled": ctx.pooled, "is_stem": True, "wanted": (needed[5], False), "wants_input": needed[0]}
-        made = _backward(image, [Linear(behind, None)], [single(outer[0])], _folded(found, weight), **options)
-        rows, count = weight.flatten(1).double(), image.numel() // image.shape[1]
-        sums = _Reductions.of(ctx.norm, found, made.total, (rows * made.product).sum(1))
-        # Σ x̂·image = Σ (W·image − mean)/σ · image, from the image's raw second moments.
-        second = ctx.deviation + count * torch.outer(ctx.mean, ctx.mean)
-        normalised = found.inverse[:, None] * (rows @ second - found.mean[:, None] * (count * ctx.mean))
-        of_rows = made.product - sums.mean[:, None] * (count * ctx.mean) - sums.normalised_mean[:, None] * normalised
-        of_weight = (found.scale[:, None] * of_rows).float().view_as(weight)
-        own = [x.float() if want else None for x, want in zip((sums.normalised, sums.total), needed[3:5], strict=True)]
+        made = _backward(image, [Linear(behind, None)], [single(outer[0])], found.affine, **options)
+        back = fold_backward(ctx.norm, found, made.product, made.total, Linear(weight, None))
+        of_weight = None if back.linear is None else back.linear.weight
+        own = [x if want else None for x, want in zip(back[:2], needed[3:5], strict=True)]
         return made.input, of_weight, None, *own, made.weights[0], None
 
 
-def _folded(found: _Statistics, weight: Tensor) -> Affine:
-    return Affine((found.scale[:, None] * weight.flatten(1)).float(), found.shift.float())
-
-
-def _image_moments(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [K] and co-deviations [K, K] of an image [B, K, H, W], in float64."""
+def _image_samples(image: Tensor) -> Samples:
+    """Moments of the pixels of an image [B, K, H, W], in float64."""
     batch, channels, height, width = image.shape
     mean = image.new_empty(channels, dtype=torch.float64)
     deviation = image.new_empty(channels, channels, dtype=torch.float64)
     addresses = operators.addresses(image, mean, deviation)
     operators.call("image_moments", batch, channels, height * width, *addresses, work=_PASS * image.numel())
-    return mean, deviation
+    return Samples(batch * height * width, mean, deviation)
 
 
 def stem(image: Tensor, weight: Tensor, norm: BatchNorm, behind: Tensor, *, pooled: bool) -> Tensor:
