@@ -279,7 +279,7 @@ def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor 
 def _with_gradients(block: Any, x: Tensor) -> Tensor:
     sam, layers = block.sam, [_linear(layer) for layer in block.sam.transformations_of_input()]
     *maps, x = norm_products(x, BatchNorm.of(block.bn1), layers, passes=True)
-    y = sam.attend(*sam.arranged(maps))
+    y = sam.attend(*sam.arranged(maps), known_plain=True)
     return norm_products(y, BatchNorm.of(block.bn2), [_linear(block.conv)], residual=x)[0]
 
 

@@ -97,8 +97,8 @@ class _Attention(nn.Module):
         """x [B, in_channels, H, W] → y [B, out_channels, H_out, W_out]."""
         return self.attend(*self.transform(x))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """y, from what the transformations give."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
+        """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
         raise NotImplementedError
 
     def is_recordable(self) -> bool:
@@ -165,9 +165,9 @@ class PairwiseAttention(_Attention):
         if position != "none":
             self.conv_p = nn.Conv2d(2, 2, 1)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """y, from what the transformations give."""
-        gamma, position = _gamma(self.conv_w), self._position()
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
+        """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
+        gamma, position = _gamma(self.conv_w, known_plain), self._position()
         options: dict[str, Any] = {"relation": self.relation, "position": position, **self.geometry()}
         return pairwise_attention(query, key, value, gamma, **options)
 
@@ -184,7 +184,7 @@ class PairwiseAttention(_Attention):
     def _position(self) -> Position | None:
         if self.position == "none":
             return None
-        return Position(self.position, self.conv_p.weight[:, :, 0, 0], self.conv_p.bias)
+        return Position(self.position, self.conv_p.weight.flatten(1), self.conv_p.bias)
 
 
 class PatchwiseAttention(_Attention):
@@ -221,9 +221,10 @@ class PatchwiseAttention(_Attention):
         self.mapping_widths = found.width(self.relation_channels, places), groups * places
         self.conv_w = _mapping(mapping, self.mapping_widths[0], groups, groups * places)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """y, from what the transformations give."""
-        return patchwise_attention(query, key, value, _gamma(self.conv_w), relation=self.relation, **self.geometry())
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
+        """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
+        gamma = _gamma(self.conv_w, known_plain)
+        return patchwise_attention(query, key, value, gamma, relation=self.relation, **self.geometry())
 
     def is_recordable(self) -> bool:
         """Whether native kernels do all."""
@@ -263,8 +264,8 @@ class ScalarAttention(_Attention):
             in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """y, from what the transformations give."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
+        """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
         return pairwise_attention(query, key, value, relation="dot", **self.geometry())
 
     def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
@@ -381,14 +382,15 @@ def _mapping(name: str, width: int, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-def _gamma(parts: nn.Sequential) -> AnyMapping:
+def _gamma(parts: nn.Sequential, known_plain: bool = False) -> AnyMapping:
     """γ as operators take it: its tensors, or the module itself where someone changed or listens to a part."""
-    if not _is_plain(parts):
+    if not (known_plain or _is_plain(parts)):
         return _module_mapping(parts)
-    layers: Any = zip(parts[0::3], parts[2::3], strict=True)
+    each: Any = list(parts.children())
+    layers = zip(each[0::3], each[2::3], strict=True)
     return Mapping(
         tuple(
-            MappingLayer(BatchNorm.of(norm), convolution.weight[:, :, 0, 0], convolution.bias)
+            MappingLayer(BatchNorm.of(norm), convolution.weight.flatten(1), convolution.bias)
             for norm, convolution in layers
         )
     )

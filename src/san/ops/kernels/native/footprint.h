@@ -210,7 +210,7 @@ private:
     }
 };
 
-inline int64_t slice_count(const Footprint &f) { return larger(1, smaller(16, f.tiles() / 4)); }
+inline int64_t slice_count(const Footprint &f) { return larger(1, smaller(16, f.tiles() / 2)); }
 
 // Adds the part of a bordered image that a slice holds to the image [height][width].
 inline void unborder(const Footprint &f, const Slice &slice, const float *bordered, int64_t image,

@@ -25,8 +25,8 @@ static_assert(sizeof(Header) == 64, "keeps blocks on cache lines");
 // Every call gets a fresh block that ends where its last piece does.
 constexpr size_t KEPT_BYTES = 0, STEP_BYTES = 64;
 #else
-// More would count among what a network keeps for backward; the C library hands out soon again what is larger.
-constexpr size_t KEPT_BYTES = size_t(6) << 20, STEP_BYTES = 4096;
+// What is larger is rare, and counts among what a network keeps for backward.
+constexpr size_t KEPT_BYTES = size_t(32) << 20, STEP_BYTES = 4096;
 #endif
 Header *idle = nullptr;
 size_t idle_bytes = 0, total_bytes = 0;

@@ -37,6 +37,9 @@ __all__ = ["attend_folded", "run", "supports"]
 _RELATIONS = {"subtraction": 0, "summation": 1, "hadamard": 2, "concatenation": 3, "dot": 4}
 _POSITIONS = {"relative": 1, "absolute": 2}
 
+# Relating a pair's channel, and back, takes as long as so many multiply-adds.
+_RELATING = 32
+
 
 class _Inputs(NamedTuple):
     """What every operator here takes. Maps are float32 and contiguous: query, key [B, R, H, W], position [1, 2, H, W].
@@ -129,7 +132,7 @@ def _call(
         *addresses(*given[5:parameters], room=MAX_LAYERS),
         *addresses(*given[parameters:], room=MAX_LAYERS),
         *map(address, moments),
-        work=_pairs(inputs) * (sum(weight.numel() for weight in weights) + 4 * width),
+        work=_pairs(inputs) * (sum(weight.numel() for weight in weights) + _RELATING * width),
     )
 
 
