@@ -31,7 +31,7 @@ from san import fused
 from san.errors import UserError
 from san.layers import ATTENTIONS, SelfAttentionBlock
 from san.models import SAN
-from san.ops import use_backend
+from san.ops import Footprint, use_backend
 from san.ops.kernels.native import library
 from san.ops.normalization import synchronize_batch_norm
 
@@ -918,3 +918,72 @@ def test_feature_maps_are_those_of_the_definition(spy: Spy):
         with use_backend("reference"):
             for one, other in zip(found, network(x), strict=True):
                 assert_same(one, other)
+
+
+def _doubled(layer: Any) -> None:
+    layer.weight.data = 2 * layer.weight.data
+
+
+def _halved(layer: Any) -> None:
+    layer.weight.data.mul_(0.5)
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "weights in place": lambda network: _halved(network.layer1[0].conv),
+    "weights elsewhere": lambda network: _doubled(network.layer1[1].sam.conv3),
+    "another parameter": lambda network: setattr(network.conv1, "weight", nn.Parameter(network.conv1.weight + 0.1)),
+    "averages": lambda network: network.layer0[0].bn2.running_mean.add_(0.3),
+    "eps": lambda network: setattr(network.layer1[0].sam.conv_w[0], "eps", 0.5),
+    "relation": lambda network: setattr(network.layer1[0].sam, "relation", "summation"),
+    "border": lambda network: setattr(network.layer0[0].sam, "footprint", Footprint(3, 1, 1, "zeros")),
+    "another block": lambda network: network.layer1.__setitem__(0, copy.deepcopy(network.layer1[1])),
+    "one block less": lambda network: network.layer1.__delitem__(0),
+    "bias": lambda network: setattr(network.layer1[0].conv, "bias", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_recorded_calls_follow_every_change(change: Callable[[Any], None], spy: Spy):
+    network, x = network_of().eval(), images(2, 3, 16, 24)
+    with torch.no_grad():
+        before = network(x)
+        change(network)
+        assert_same(network(x), plain_output(network, x))
+        assert not torch.equal(network(x), before)
+    assert spy.blocks() == 3 * 3 - 2 * (len(network.layer1) == 1)
+
+
+def test_shares_of_a_batch_give_what_the_batch_gives(monkeypatch: pytest.MonkeyPatch):
+    network, x = network_of().eval(), images(5, 3, 16, 24)
+    with torch.no_grad():
+        whole = network(x)
+        monkeypatch.setattr(fused, "_ROOM", 2 * 4 * 32 * 8 * 12)
+        assert_same(network(x), whole.double(), 1e-6)
+
+
+def test_sizes_without_end_keep_few_recordings():
+    network = network_of().eval()
+    with torch.no_grad():
+        for width in range(16, 16 + 4 * fused._Recordings.most, 2):
+            network(images(1, 3, 16, width))
+    assert len(fused._networks[network]._found) == fused._Recordings.most
+
+
+def test_threads_share_a_network_without_gradients():
+    network = network_of().eval()
+    inputs = [images(1 + place, 3, 16, 24) for place in range(4)]
+    found: list[list[Tensor]] = [[] for _ in inputs]
+
+    def work(place: int) -> None:
+        with torch.no_grad():
+            found[place].extend(network(inputs[place]) for _ in range(20))
+
+    workers = [threading.Thread(target=work, args=(place,)) for place in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    with torch.no_grad():
+        for x, results in zip(inputs, found, strict=True):
+            assert len(results) == 20
+            assert all(torch.equal(result, network(x)) for result in results)
