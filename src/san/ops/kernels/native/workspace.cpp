@@ -25,12 +25,28 @@ static_assert(sizeof(Header) == 64, "keeps blocks on cache lines");
 // Every call gets a fresh block that ends where its last piece does.
 constexpr size_t KEPT_BYTES = 0, STEP_BYTES = 64;
 #else
-// What is larger is rare, and counts among what a network keeps for backward.
+// What is idle counts among what a network keeps for backward, so a block far larger than recent calls wanted goes.
 constexpr size_t KEPT_BYTES = size_t(32) << 20, STEP_BYTES = 4096;
 #endif
 Header *idle = nullptr;
 size_t idle_bytes = 0, total_bytes = 0;
 bool taken = false;
+
+// The most that the last WINDOW to 2 · WINDOW calls wanted.
+constexpr int WINDOW = 16;
+size_t wanted_lately = 0, wanted_before = 0;
+int calls_lately = 0;
+
+void note(size_t bytes) {
+    if (++calls_lately > WINDOW) {
+        wanted_before = wanted_lately;
+        wanted_lately = 0;
+        calls_lately = 1;
+    }
+    if (bytes > wanted_lately) wanted_lately = bytes;
+}
+
+bool is_oversized(size_t bytes) { return bytes > 2 * (wanted_lately > wanted_before ? wanted_lately : wanted_before); }
 
 struct Lock {
     Lock() {
@@ -67,6 +83,7 @@ void *san_acquire(size_t bytes) {
     Header *outgrown = nullptr;
     {
         Lock lock;
+        note(bytes);
         if (Header *block = reused(bytes, &outgrown)) return block + 1;
     }
     free(outgrown);
@@ -85,7 +102,7 @@ void san_release(void *start) {
     allow(block, sizeof(Header));
     {
         Lock lock;
-        if (idle_bytes + block->bytes <= KEPT_BYTES) {
+        if (idle_bytes + block->bytes <= KEPT_BYTES && !is_oversized(block->bytes)) {
             block->next = idle;
             idle = block;
             idle_bytes += block->bytes;
