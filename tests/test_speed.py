@@ -278,7 +278,7 @@ def test_command_prints_a_table(capsys):
         (["--mode", "sleep"], "mode 'sleep' is unknown; choose among: inference, training"),
         (["--device", "meta"], "cpu or cuda only"),
         (["--no-networks"], "there is nothing to measure"),
-        (["san4_pairwise", "--resolution", "4", "--mode", "inference", "--no-compile"], "4×4"),
+        (["san4_pairwise", "--resolution", "2", "--mode", "inference", "--no-compile"], "2×2"),
     ],
 )
 def test_mistakes(words, sentence, capsys):

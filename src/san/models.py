@@ -283,6 +283,8 @@ _BASELINES = {"26": (1, 2, 4, 1), "38": (2, 3, 5, 2), "50": (3, 4, 6, 3)}
 def _create_san(variant: str, pretrained: bool = False, **options: Any) -> nn.Module:
     size, attention = variant.split("_")
     arguments: dict[str, Any] = {"attention": attention, **NETWORKS[size], **options}
+    if "pools" not in options and (options.get("small_images") or "blocks" in options):
+        arguments.pop("pools", None)
     features = {"feature_cls": "getter", "out_indices": tuple(range(len(arguments["blocks"])))}
     model = build_model_with_cfg(SAN, variant, pretrained, feature_cfg=features, **arguments)
     return _remember(model, variant, options)
@@ -333,7 +335,7 @@ def _default_cfg(variant: str) -> dict[str, Any]:
         "url": "",
         "num_classes": 1000,
         "input_size": (3, side, side),
-        "pool_size": (3, 3) if side == 28 else (7, 7),
+        "pool_size": (7, 7),
         "crop_pct": 1.0 if side == 28 else 0.875,
         "interpolation": "bilinear",
         "mean": IMAGENET_DEFAULT_MEAN,

@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 # Blocks, width and kernel size of every stage (paper §4.2, table 1); san4 is ours, for images of about 28 pixels.
 _PAPER = {"widths": (64, 256, 512, 1024, 2048), "kernels": (3, 7, 7, 7, 7)}
 NETWORKS: dict[str, dict[str, tuple[int, ...]]] = {
-    "san4": {"blocks": (1, 2, 1), "widths": (64, 128, 256), "kernels": (3, 5, 5)},
+    "san4": {"blocks": (1, 2, 1), "widths": (64, 128, 256), "kernels": (3, 5, 5), "pools": (False, True, True)},
     "san10": {"blocks": (2, 1, 2, 4, 1), **_PAPER},
     "san15": {"blocks": (3, 2, 3, 5, 2), **_PAPER},
     "san19": {"blocks": (3, 3, 4, 6, 3), **_PAPER},

@@ -21,7 +21,7 @@ def train(
     new_classifier: bool = False,
     out: str | None = None,
     resume: str | None = None,
-    epochs: int = 16,
+    epochs: int = 24,
     batch_size: int = 32,
     accumulate: int = 1,
     optimizer: str = "adamw",
