@@ -5,6 +5,8 @@ It runs on a state dict with the authors' keys. Legend: B batch, C channels, K p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,11 +14,12 @@ from torch.nn import functional as F
 State = dict[str, Tensor]
 
 
-def plain_san(state: State, x: Tensor, kernels: tuple[int, ...], *, pairwise: bool, training: bool = False) -> Tensor:
-    """Logits; in training the running averages inside `state` move."""
+def plain_san(state: State, x: Tensor, network: dict[str, Any], *, pairwise: bool, training: bool = False) -> Tensor:
+    """Logits; in training the running averages inside `state` move. `network` has kernels, and pools if not all."""
+    pools = network.get("pools", [True] * len(network["kernels"]))
     x = F.relu(_norm(state, "bn_in", _linear(state, "conv_in", x), training))
-    for stage, kernel in enumerate(kernels):
-        x = _linear(state, f"conv{stage}", F.max_pool2d(x, 2))
+    for stage, (kernel, pooled) in enumerate(zip(network["kernels"], pools, strict=True)):
+        x = _linear(state, f"conv{stage}", F.max_pool2d(x, 2) if pooled else x)
         block = 0
         while f"layer{stage}.{block}.conv.weight" in state:
             x = x + _branch(state, f"layer{stage}.{block}.", x, kernel, pairwise, training)

@@ -45,7 +45,7 @@ def _published(name: str) -> Published:
     model = san.create_model(name, CLASSES)
     state = randomised(model.state_dict())
     x = torch.randn(2, 3, 48, 64, dtype=torch.float64)
-    logits = plain_san(state, x, NETWORKS[name.split("_")[0]]["kernels"], pairwise="pairwise" in name)
+    logits = plain_san(state, x, NETWORKS[name.split("_")[0]], pairwise="pairwise" in name)
     model.load_state_dict(state)
     # The parameters share their memory, so the optimizer's momentum is all that training adds here.
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)

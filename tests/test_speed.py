@@ -144,10 +144,10 @@ def test_operators_of_a_network_in_order():
     model = san.create_model("san4_pairwise")
     found = attention_operators(model, 32)
     assert [(each.name, each.height, each.width) for each in found] == [
-        ("layer0.0.sam", 16, 16),
-        ("layer1.0.sam", 8, 8),
-        ("layer1.1.sam", 8, 8),
-        ("layer2.0.sam", 4, 4),
+        ("layer0.0.sam", 32, 32),
+        ("layer1.0.sam", 16, 16),
+        ("layer1.1.sam", 16, 16),
+        ("layer2.0.sam", 8, 8),
     ]
     assert found[1].shape == found[2].shape != found[3].shape
     assert not any(part._forward_pre_hooks for part in model.modules())
