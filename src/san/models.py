@@ -125,9 +125,7 @@ class SAN(nn.Module):
         self._check_input(x)
         return F.relu(self.bn_in(self.conv_in(x)))
 
-    def _is_fused(self, x: Tensor) -> bool:
-        if not fused.suits(x) or not fused.takes_stem(self.conv_in, self.bn_in, x):
-            return False
+    def _is_plain(self) -> bool:
         names = [f"{kind}{stage}" for stage in range(len(self.feature_info)) for kind in ("conv", "bn")]
         return all(fused.is_plain(self.get_submodule(name)) for name in ["conv_in", "bn_in", *names])
 
@@ -151,10 +149,13 @@ class SAN(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] → the last stage's map [B, C, H/32, W/32]."""
-        if self._is_fused(x):
+        if fused.suits(x) and fused.takes_stem(self.conv_in, self.bn_in, x):
             self._check_input(x)
             y = fused.stages_without_gradients(self, self.conv_in, self.bn_in, self._stages(), x.contiguous())
-            return self._fused_features(x) if y is None else F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
+            if y is not None:
+                return F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
+            if self._is_plain():
+                return self._fused_features(x)
         x = self._stem(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)

@@ -7,9 +7,7 @@ Legend: B batch, C channels, O output channels, H W map.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -47,11 +45,6 @@ class Affine(NamedTuple):
     shift: Tensor
 
 
-@lru_cache
-def _bits(number: float) -> int:
-    return struct.unpack("q", struct.pack("d", number))[0]
-
-
 def fold(norms: Sequence[tuple[Norm, Linear | None]], like: Any) -> list[Affine]:
     """Fold up to six BatchNorms, each alone or with the Linear before it, into tensors or places like `like`."""
     arguments: list[int] = []
@@ -61,7 +54,7 @@ def fold(norms: Sequence[tuple[Norm, Linear | None]], like: Any) -> list[Affine]
         shape = (channels, columns) if linear else (channels,)
         found = Affine(like.new_empty(*shape), like.new_empty(channels))
         folded.append(found)
-        arguments += (channels, *operators.addresses(weight, bias, mean, variance), _bits(eps), columns)
+        arguments += (channels, *operators.addresses(weight, bias, mean, variance), operators.bits(eps), columns)
         arguments += operators.addresses(*linear) if linear else (0, 0)
         arguments += operators.addresses(*found)
     operators.call("fold", *arguments, *[0] * (11 * (_MAX_NORMS - len(norms))), work=0)
