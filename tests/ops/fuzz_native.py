@@ -8,6 +8,7 @@ number alone. A finding of a sanitizer ends the process, so calls run in a child
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import random
 import sys
@@ -21,6 +22,7 @@ from torch.nn import functional
 
 from san import ops
 from san.errors import UserError
+from san.models import SAN
 from san.ops.cases import LAYOUTS, Case
 from san.ops.kernels.native import library, operators
 from san.ops.kernels.pointwise.native import Affine, Linear, products
@@ -29,6 +31,7 @@ from san.ops.kernels.pointwise_training.native import norm_products, stem
 COMPARED = 50
 PAIRWISE = ("subtraction", "summation", "hadamard", "concatenation", "dot")
 MAPPINGS = ("L", "LRL", "LRL", "LRL", "LRLRL")
+FORMS = ("pairwise", "patchwise", "scalar")
 
 
 def size(rng: random.Random) -> int:
@@ -218,6 +221,58 @@ def with_gradients(function: Any, s: Surround, rng: random.Random, backward: boo
     return [*y, *torch.autograd.grad(y, leaves, cotangents, allow_unused=True, materialize_grads=True)]
 
 
+def drawn_network(rng: random.Random) -> tuple[SAN, Tensor]:
+    """A network of up to two small stages, every tensor random, in training or evaluation, and images for it."""
+    stages, form = rng.randint(1, 2), rng.choice(FORMS)
+    share = rng.choice((1, 2, 4))
+    options: dict[str, Any] = {} if form == "scalar" else {"share": share, "mapping": rng.choice(MAPPINGS)}
+    if form == "pairwise":
+        options |= {"relation": rng.choice(PAIRWISE), "position": rng.choice(("relative", "absolute", "none"))}
+    if form == "patchwise":
+        options["relation"] = rng.choice(("concatenation", "star"))
+    with torch.random.fork_rng():
+        torch.manual_seed(rng.randrange(1 << 30))
+        network = SAN(
+            [rng.randint(0, 2) for _ in range(stages)],
+            [4 * share * rng.randint(1, 6) for _ in range(stages)],
+            [rng.choice((1, 3, 3, 5, 7)) for _ in range(stages)],
+            form,
+            num_classes=3,
+            in_chans=rng.randint(1, 4),
+            pools=[rng.random() < 0.5 for _ in range(stages)],
+            dilation=rng.choice((1, 1, 2)),
+            border=rng.choice(("reflect", "zeros")),
+            transformations=rng.choice(("different", "query=key")),
+            relation_reduction=rng.choice((4, 16)),
+            **options,
+        )
+        for x in network.state_dict().values():
+            if x.is_floating_point():
+                x.copy_(torch.rand_like(x) + 0.5 if x.dim() == 1 else torch.randn_like(x) / x[0].numel() ** 0.5)
+        network.train(rng.random() < 0.5)
+        # BatchNorm in training needs more than one value, and maps may come down to one pixel.
+        batch = rng.randint(2 if network.training else 1, 3)
+        images = torch.randn(batch, network.in_chans, 3 + size(rng), 3 + size(rng))
+    return network, images
+
+
+def network(rng: random.Random, compared: bool) -> None:
+    """A whole network in its fused form: with gradients, or without them twice, recorded and then repeated."""
+    model, images = drawn_network(rng)
+    backward = rng.random() < 0.5
+    images = rearranged(rng, images).requires_grad_(backward)
+    leaves = [images, *model.parameters()]
+    with torch.set_grad_enabled(backward):
+        found = [model(images)] if backward else [model(images), model(images)]
+    if backward:
+        found += torch.autograd.grad(found[0].sum(), leaves, allow_unused=True, materialize_grads=True)
+    if compared and not model.training:
+        with ops.use_backend("reference"):
+            exact = copy.deepcopy(model).double()(images.detach().double())
+        check(found[:1], [exact], 1e-3)
+        assert backward or torch.equal(*found), "a repeated recording gives other bits"
+
+
 def call(seed: int, number: int) -> bool:
     """Call `number` of `seed`; False where the operators refuse it in words, which is no finding."""
     rng = random.Random(f"{seed} {number}")
@@ -229,7 +284,7 @@ def call(seed: int, number: int) -> bool:
     torch.set_num_threads(rng.choice((1, 1, 2, 3)))
     operators.GRAIN = 1  # small calls, too, on all of them
     try:
-        rng.choice((attend, attend, attend, surround))(rng, number % COMPARED == 0)
+        rng.choice((attend, attend, attend, surround, network))(rng, number % COMPARED == 0)
     except UserError:
         return False
     return True
