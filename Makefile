@@ -47,7 +47,7 @@ sanitize: $(DEV)
 	cmake -S src/san/ops/kernels/native -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DSAN_SANITIZE=ON
 	cmake --build build/sanitize
 	$(SANITIZED) $(BIN)/pytest -q tests/ops/test_backends.py -k native
-	$(SANITIZED) $(BIN)/pytest -q tests/ops/test_native.py tests/ops/test_pointwise_kernels.py
+	$(SANITIZED) $(BIN)/pytest -q tests/ops/test_native.py tests/ops/test_*_kernels.py tests/ops/test_recording.py tests/test_fused.py
 	$(SANITIZED) $(BIN)/python tests/ops/fuzz_native.py $(ARGS)
 
 $(TRAIN): | $(BIN)/python
