@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import san
 from san import fused
 from san.errors import UserError
+from san.fused.recordings import Recordings
 from san.layers import ATTENTIONS, SelfAttentionBlock
 from san.models import SAN
 from san.ops import Footprint, use_backend
@@ -964,9 +965,9 @@ def test_shares_of_a_batch_give_what_the_batch_gives(monkeypatch: pytest.MonkeyP
 def test_sizes_without_end_keep_few_recordings():
     network = network_of().eval()
     with torch.no_grad():
-        for width in range(16, 16 + 4 * fused._Recordings.most, 2):
+        for width in range(16, 16 + 4 * Recordings.most, 2):
             network(images(1, 3, 16, width))
-    assert len(fused._networks[network]._found) == fused._Recordings.most
+    assert len(fused._networks[network]._found) == Recordings.most
 
 
 def test_threads_share_a_network_without_gradients():
@@ -987,3 +988,130 @@ def test_threads_share_a_network_without_gradients():
         for x, results in zip(inputs, found, strict=True):
             assert len(results) == 20
             assert all(torch.equal(result, network(x)) for result in results)
+
+
+def _narrow_stage(network: Any) -> None:
+    """The last stage keeps half of its channels, in views of the old tensors: nothing moves in memory."""
+    convolution, norm = nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32).eval()
+    convolution.weight = nn.Parameter(network.conv1.weight.detach()[:32])
+    for name, tensor in (*network.bn1.named_parameters(), *network.bn1.named_buffers()):
+        if tensor.dim():
+            kept = tensor.detach()[:32]
+            setattr(norm, name, nn.Parameter(kept) if name in ("weight", "bias") else kept)
+    network.conv1, network.bn1, network.fc = convolution, norm, nn.Linear(32, 5)
+
+
+def _attribute(path: str, name: str, value: Any) -> Callable[[Any], None]:
+    return lambda network: setattr(network.get_submodule(path), name, value)
+
+
+STRUCTURES = {
+    "sizes of views": _narrow_stage,
+    "stride of a stage": _attribute("conv1", "stride", (2, 2)),
+    "padding of a stage": _attribute("conv1", "padding", (1, 1)),
+    "an empty layer": lambda network: setattr(network, "layer1", nn.Sequential()),
+    "shared blocks": lambda network: network.layer0.append(network.layer0[0]),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("change", STRUCTURES.values(), ids=STRUCTURES)
+def test_changed_structure_is_honoured_after_use(change: Callable[[Any], None], training: bool):
+    network, x = network_of(blocks=(1, 0)).train(training), images(2, 3, 16, 24)
+    with torch.set_grad_enabled(training):
+        network(x)
+    change(network)
+    if training:
+        assert_close(outcome(network, x), plain(network, x))
+    with torch.no_grad():
+        network.eval()
+        assert_same(network(x), plain_output(network, x))
+
+
+@pytest.mark.parametrize("name", ["stride", "relation"])
+def test_changed_options_that_do_not_fit_are_an_error(name: str):
+    block, x = block_of("patchwise").eval(), images(1, 32, 8, 8)
+    with torch.no_grad():
+        block(x)
+        if name == "stride":
+            block.sam.footprint = Footprint(3, stride=2)
+        else:
+            block.sam.relation = "star"
+        with pytest.raises((RuntimeError, UserError), match=r"size of tensor|the mapping takes"):
+            block(x)
+
+
+def test_weights_live_until_kernels_end(monkeypatch: pytest.MonkeyPatch):
+    """Another thread may load other weights meanwhile."""
+    network, x, alive = network_of().eval(), images(1, 3, 16, 16), []
+    found = [weakref.ref(parameter) for parameter in network.parameters()]
+    found.pop(-1), found.pop(-1)  # the classifier's, which PyTorch holds
+
+    def repeat(*memories: int) -> None:
+        state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        network.load_state_dict(state, assign=True)
+        gc.collect()
+        alive.extend(reference() is not None for reference in found)
+
+    monkeypatch.setattr("san.ops.kernels.native.recording.Recording.repeat", lambda self, *memories: repeat(*memories))
+    with torch.no_grad():
+        network(x)
+        assert alive
+        assert all(alive)
+        gc.collect()
+        assert not any(reference() is not None for reference in found)
+
+
+def test_the_default_device_is_no_matter():
+    network, x = network_of().eval(), images(1, 3, 16, 16)
+    with torch.no_grad():
+        expected = network(x)
+        with torch.device("meta"):
+            assert torch.equal(network(x), expected)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_hooks_on_a_whole_stage_fire(training: bool):
+    network, seen = network_of().train(training), []
+    network.layer1.register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    with torch.set_grad_enabled(training):
+        network(images(2, 3, 16, 16))
+    assert seen == [(2, 64, 4, 4)]
+
+
+def test_parts_of_gamma_may_be_shared():
+    block, x = block_of().eval(), images(1, 32, 6, 6)
+    block.sam.conv_w[4] = block.sam.conv_w[1]
+    assert_close(outcome(block, x), plain(block, x))
+
+
+@pytest.mark.parametrize("eps", [-1e-3, 1e-2])
+def test_eps_is_honoured_or_refused_as_batch_norm_refuses_it(eps: float):
+    block, x = block_of().eval(), images(1, 32, 6, 6)
+    block.bn2.eps = eps
+    with torch.no_grad():
+        if eps < 0:
+            with pytest.raises((ValueError, RuntimeError), match="eps"):
+                block(x)
+        else:
+            assert_same(block(x), plain_output(block, x))
+
+
+class Cached(nn.Module):
+    """Gives one map, whatever it is given."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.y
+
+
+def test_maps_that_others_hold_are_not_overwritten():
+    network, y = network_of().eval(), images(2, 64, 4, 4).requires_grad_()
+    before = y.detach().clone()
+    network.layer1.insert(0, Cached(y))
+    with torch.no_grad():
+        network(images(2, 3, 16, 16))
+    assert torch.equal(y, before)

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from san import fused
 from san.errors import UserError
+from san.fused.parts import NORMS, is_heard, is_pointwise
 from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
 from san.ops.kernels.pairwise.native import attend_folded as attend_pairs
 from san.ops.kernels.patchwise.native import attend_folded as attend_patches
 from san.ops.kernels.pointwise.native import Affine, Linear
 from san.ops.mapping import MAPPINGS, AnyMapping
-from san.ops.normalization import SynchronizedBatchNorm2d
 from san.ops.relations import POSITION_WIDTHS, find_relation
 
 __all__ = [
@@ -41,7 +41,13 @@ class _Attention(nn.Module):
     """The three transformations and the geometry that every form of attention has."""
 
     # What native kernels are told beside sizes and tensors.
-    kernel_options: tuple[str, ...] = ("footprint", "transformations")
+    kernel_options: tuple[str, ...] = (
+        "footprint",
+        "transformations",
+        "in_channels",
+        "out_channels",
+        "relation_channels",
+    )
 
     def __init__(
         self,
@@ -134,7 +140,7 @@ class PairwiseAttention(_Attention):
     Raises `UserError` for options that do not fit, and for an input that is not [B, in_channels, H, W].
     """
 
-    kernel_options = (*_Attention.kernel_options, "relation", "position")
+    kernel_options = (*_Attention.kernel_options, "relation", "position", "groups")
 
     def __init__(
         self,
@@ -155,15 +161,18 @@ class PairwiseAttention(_Attention):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
         )
-        found = find_relation("pairwise", relation)
         if position not in POSITION_WIDTHS:
             raise UserError(f"position {position!r} is unknown; choose one of: {', '.join(POSITION_WIDTHS)}")
-        self.relation, self.position = relation, position
-        width = found.width(self.relation_channels, self.footprint.places) + POSITION_WIDTHS[position]
-        self.mapping_widths = width, _groups(out_channels, share)
-        self.conv_w = _mapping(mapping, width, self.relation_channels, self.mapping_widths[1])
+        self.relation, self.position, self.groups = relation, position, _groups(out_channels, share)
+        taken, given = self.mapping_widths()
+        self.conv_w = _mapping(mapping, taken, self.relation_channels, given)
         if position != "none":
             self.conv_p = nn.Conv2d(2, 2, 1)
+
+    def mapping_widths(self) -> tuple[int, int]:
+        """Channels that γ takes and gives."""
+        taken = find_relation("pairwise", self.relation).width(self.relation_channels, self.footprint.places)
+        return taken + POSITION_WIDTHS[self.position], self.groups
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
         """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
@@ -195,7 +204,7 @@ class PatchwiseAttention(_Attention):
     as in `PairwiseAttention`. Raises `UserError` as it does.
     """
 
-    kernel_options = (*_Attention.kernel_options, "relation")
+    kernel_options = (*_Attention.kernel_options, "relation", "groups")
 
     def __init__(
         self,
@@ -215,11 +224,14 @@ class PatchwiseAttention(_Attention):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, dilation, border, relation_channels, transformations
         )
-        found = find_relation("patchwise", relation)
-        self.relation = relation
-        places, groups = self.footprint.places, _groups(out_channels, share)
-        self.mapping_widths = found.width(self.relation_channels, places), groups * places
-        self.conv_w = _mapping(mapping, self.mapping_widths[0], groups, groups * places)
+        self.relation, self.groups = relation, _groups(out_channels, share)
+        taken, given = self.mapping_widths()
+        self.conv_w = _mapping(mapping, taken, self.groups, given)
+
+    def mapping_widths(self) -> tuple[int, int]:
+        """Channels that γ takes and gives."""
+        places = self.footprint.places
+        return find_relation("patchwise", self.relation).width(self.relation_channels, places), self.groups * places
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, known_plain: bool = False) -> Tensor:
         """y, from what the transformations give; `known_plain` tells that γ's parts have been looked at."""
@@ -326,16 +338,17 @@ class SelfAttentionBlock(nn.Module):
 
 
 def _widths_agree(block: SelfAttentionBlock) -> bool:
-    """Whether the parts, which may have been replaced, have the sizes that the block gave them."""
+    """Whether the parts, which may have been changed, have sizes that go together, and attention keeps the map's."""
     sam: Any = block.sam
     layers: Any = sam.transformations_of_input()
     query, key, value = sam.arranged([layer.out_channels for layer in layers])
     channels = {block.bn1.num_features, block.conv.out_channels, *(layer.in_channels for layer in layers)}
     return (
         len(channels) == 1
+        and sam.footprint.stride == 1
         and query == key == sam.relation_channels
         and value == sam.out_channels == block.bn2.num_features == block.conv.in_channels
-        and (isinstance(sam, ScalarAttention) or _gamma_agrees(sam.conv_w, *sam.mapping_widths))
+        and (isinstance(sam, ScalarAttention) or _gamma_agrees(sam.conv_w, *sam.mapping_widths()))
     )
 
 
@@ -386,7 +399,7 @@ def _gamma(parts: nn.Sequential, known_plain: bool = False) -> AnyMapping:
     """γ as operators take it: its tensors, or the module itself where someone changed or listens to a part."""
     if not (known_plain or _is_plain(parts)):
         return _module_mapping(parts)
-    each: Any = list(parts.children())
+    each: Any = list(parts)
     layers = zip(each[0::3], each[2::3], strict=True)
     return Mapping(
         tuple(
@@ -402,24 +415,16 @@ def _module_mapping(parts: nn.Sequential) -> Callable[[Tensor], Tensor]:
     return lambda x: parts(x.to(dtype or x.dtype))
 
 
-_LAYER = ((nn.BatchNorm2d, SynchronizedBatchNorm2d), (nn.ReLU,), (nn.Conv2d,))
+_LAYER = (NORMS, (nn.ReLU,), (nn.Conv2d,))
 
 
 def _is_plain(parts: nn.Sequential) -> bool:
     """Whether γ is as `_mapping` builds it, so that its tensors tell all that running it would do."""
     return (
         type(parts) is nn.Sequential
+        and len(parts) > 0
         and len(parts) % 3 == 0
         and all(type(part) in _LAYER[place % 3] for place, part in enumerate(parts))
-        and all(map(_is_pointwise, parts[2::3]))
-        and not any(map(_is_heard, parts.modules()))
+        and all(map(is_pointwise, parts[2::3]))
+        and not any(map(is_heard, parts.modules()))
     )
-
-
-def _is_pointwise(part: Any) -> bool:
-    return (part.kernel_size, part.stride, part.padding, part.groups) == ((1, 1), (1, 1), (0, 0), 1)
-
-
-def _is_heard(part: nn.Module) -> bool:
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(part)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -104,11 +104,14 @@ class SAN(nn.Module):
         if self.pools[stage]:
             x = F.max_pool2d(x, 2)
         x = self.get_submodule(f"conv{stage}")(x)
-        return F.relu(self.get_submodule(f"bn{stage}")(self._blocks(stage, x)))
+        return F.relu(self.get_submodule(f"bn{stage}")(self._layer(stage, x)))
 
-    def _blocks(self, stage: int, x: Tensor) -> Tensor:
-        for block in self.get_submodule(f"layer{stage}").children():
-            x = _recomputed(block, x) if self.grad_checkpointing else block(x)
+    def _layer(self, stage: int, x: Tensor) -> Tensor:
+        layer = self.get_submodule(f"layer{stage}")
+        if not self.grad_checkpointing:
+            return layer(x)
+        for block in fused.blocks_of(layer) or [layer]:
+            x = _recomputed(block, x)
         return x
 
     def _check_input(self, x: Tensor) -> None:
@@ -125,14 +128,10 @@ class SAN(nn.Module):
         self._check_input(x)
         return F.relu(self.bn_in(self.conv_in(x)))
 
-    def _is_plain(self) -> bool:
-        names = [f"{kind}{stage}" for stage in range(len(self.feature_info)) for kind in ("conv", "bn")]
-        return all(fused.is_plain(self.get_submodule(name)) for name in ["conv_in", "bn_in", *names])
-
     def _stages(self) -> list[fused.Stage]:
         parts: Any = self._modules
         return [
-            fused.Stage(pooled, parts[f"conv{stage}"], list(parts[f"layer{stage}"].children()), parts[f"bn{stage}"])
+            fused.Stage(pooled, parts[f"conv{stage}"], fused.blocks_of(parts[f"layer{stage}"]), parts[f"bn{stage}"])
             for stage, pooled in enumerate(self.pools)
         ]
 
@@ -140,8 +139,12 @@ class SAN(nn.Module):
         """The same as stem and stages, where a stage's end, the pooling and the next stage's begin are one product."""
         x = fused.stem(self.conv_in, self.bn_in, self.conv0, x.contiguous(), pooled=self.pools[0])
         for stage, pool in enumerate([*self.pools[1:], False]):
-            for block in self.get_submodule(f"layer{stage}").children():
-                x = _recomputed(block, x) if self.grad_checkpointing else fused.on_own_map(block, x)
+            blocks = None if self.grad_checkpointing else fused.blocks_of(self.get_submodule(f"layer{stage}"))
+            x = (
+                self._layer(stage, x)
+                if blocks is None
+                else reduce(lambda y, block: fused.on_own_map(block, y), blocks, x)
+            )
             norm: Any = self._modules[f"bn{stage}"]
             following = self._modules.get(f"conv{stage + 1}")
             x = F.relu(norm(x)) if following is None else fused.norm_pool_linear(norm, following, x, pooled=pool)
@@ -154,8 +157,7 @@ class SAN(nn.Module):
             y = fused.stages_without_gradients(self, self.conv_in, self.bn_in, self._stages(), x.contiguous())
             if y is not None:
                 return F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
-            if self._is_plain():
-                return self._fused_features(x)
+            return self._fused_features(x)
         x = self._stem(x)
         for stage in range(len(self.feature_info)):
             x = self._stage(stage, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import san
 from san import ops
 from san.ops import dispatch
 from san.ops.cases import CASES, LAYOUTS, Problem
@@ -312,3 +314,97 @@ def test_a_kernel_called_with_other_arguments_refuses() -> None:
         loaded.call("pairwise_forward", 1, 2, 3)
     with pytest.raises(ValueError, match="sizes"):
         loaded.call("pairwise_forward", *[0] * 60)
+
+
+@EACH_FORM
+def test_exported_programs_take_any_memory_format(case: Any) -> None:
+    """A tracer that saw contiguous tensors leaves out what would make others so."""
+    problem = replace(case, training=False).build(torch.float32)
+    maps = [x.detach() if isinstance(x, Tensor) else x for x in problem.arguments]
+    mapping = maps[3:]
+
+    class Operator(torch.nn.Module):
+        def forward(self, *maps: Tensor) -> Tensor:
+            return getattr(ops, case.operator)(*maps, *mapping, **problem.options)
+
+    with ops.use_backend("native"):
+        program = torch.export.export(Operator(), tuple(maps[:3])).module()
+    last = [x.contiguous(memory_format=torch.channels_last) for x in maps[:3]]
+    torch.testing.assert_close(program(*last), program(*maps[:3]))
+
+
+def test_registered_operators_refuse_tensors_that_do_not_fit() -> None:
+    value, weight = torch.randn(1, 4, 8, 8), torch.randn(1, 2, 9, 64)
+    query, key = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 3, 3)
+    registered: Any = torch.ops.san
+    with pytest.raises(ValueError, match=r"weight is .*\[1, 2, 9, 4\], but it must be .*\[1, 2, 9, 64\]"):
+        registered.aggregation_forward(value, weight[..., :4], [3, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"value is torch\.float64"):
+        registered.aggregation_forward(value.double(), weight, [3, 1, 1, 0])
+    with pytest.raises(ValueError, match="key is"):
+        registered.pairwise_forward(query, key, query, 4, None, None, None, [], [], [3, 1, 1, 0, 0, 0, 4])
+    with pytest.raises(ValueError, match="query is"):
+        registered.patchwise_star(query, key, [3, 1, 1, 0])
+
+
+@pytest.mark.parametrize("form", [san.PairwiseAttention, san.PatchwiseAttention])
+def test_tensors_of_gamma_elsewhere_are_refused(form: Any) -> None:
+    layer = form(32, 32, 3).eval()
+    layer.conv_w.to("meta")
+    with pytest.raises(ValueError, match="a tensor of the mapping is on meta, but it must be on cpu"):
+        layer(torch.randn(1, 32, 5, 5))
+
+
+def _gradients_of(layer: Any, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_equal_query_and_key_sit_on_the_kink_of_relu(training: bool) -> None:
+    """The centre's difference is 0 exactly, and BatchNorm's first shift is 0: rounding may not push it off."""
+    torch.manual_seed(0)
+    layer = san.PairwiseAttention(64, 32, 3, transformations="query=key", position="none").train(training)
+    x = torch.randn(1, 64, 9, 9)
+    with ops.use_backend("native"):
+        found = _gradients_of(copy.deepcopy(layer), x)
+    with ops.use_backend("reference"):
+        exact = _gradients_of(copy.deepcopy(layer).double(), x.double())
+    largest = max(float(each.norm()) for each in exact)
+    for got, want in zip(found, exact, strict=True):
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm()) + 1e-6 * largest
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_differences_are_taken_before_they_are_scaled(offset: float) -> None:
+    case = replace(CASES["pairwise-subtraction-LRL-relative"], training=False)
+    found, exact = case.build(torch.float32), case.build(torch.float64)
+    for problem in (found, exact):
+        with torch.no_grad():
+            for name in ("query", "key"):
+                problem.tensors[name].copy_((found.tensors[name] + (offset if problem is found else 0)).float())
+    with ops.use_backend("native"):
+        got = ops.pairwise_attention(*found.arguments, **found.options)
+    with ops.use_backend("reference"):
+        want = ops.pairwise_attention(*exact.arguments, **exact.options)
+    assert float((got - want).norm()) <= 1e-6 * float(want.norm())
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@EACH_FORM
+def test_nan_reaches_what_it_reaches_in_the_reference(case: Any, name: str) -> None:
+    """Output, gradients and running averages."""
+    if case.operator == "aggregation":
+        name = "value"
+    found, expected = {}, {}
+    for backend, where in (("native", found), ("reference", expected)):
+        problem = case.build(torch.float32)
+        with torch.no_grad():
+            problem.tensors[name][0, 1, 3, 3] = torch.nan
+        with ops.use_backend(backend):
+            y = getattr(ops, case.operator)(*problem.arguments, **problem.options)
+        gradients = torch.autograd.grad(y.sum(), list(problem.tensors.values()))
+        where |= {"y": y.detach(), **dict(zip(problem.tensors, gradients, strict=True)), **problem.running}
+    for key, x in expected.items():
+        assert torch.equal(x.isnan(), found[key].isnan()), key

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from san.ops.kernels.native import library, operators
+from san.ops.kernels.pointwise.native import Linear, products
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the native library is not installed")
 
@@ -148,3 +149,9 @@ def test_norm_input_gradient(with_residual):
     want = a[:, None] * g.double() + b[:, None] * x + c[:, None] + (r if with_residual else 0)
     operators.call("norm_input_gradient", *x.shape, *operators.addresses(g, x, a, b, c, residual), work=MUCH)
     torch.testing.assert_close(g.double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_pooling_hands_on_what_max_pooling_does() -> None:
+    x = torch.tensor([[torch.inf, -torch.inf, 1.0, torch.nan], [2.0, 3.0, torch.inf, 4.0]]).expand(1, 1, 2, 4)
+    (y,) = products(x.contiguous(), [Linear(torch.ones(1, 1), None)], pooled=True)
+    torch.testing.assert_close(y, functional.max_pool2d(x, 2), equal_nan=True)

@@ -26,7 +26,7 @@ from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.mapping import AnyMapping, Mapping, MappingLayer
 from san.ops.normalization import BatchNorm, without_autocast
 from san.ops.relations import Position, find_relation, relation
-from san.ops.validation import check_groups, check_mapping, check_maps
+from san.ops.validation import check_groups, check_mapping, check_maps, check_position
 
 __all__ = [
     "BatchNorm",
@@ -198,6 +198,7 @@ def _pairwise_call(
     width = find_relation("pairwise", relation).width(key.shape[1], footprint.places)
     call = PairwiseCall(query, key, value, mapping, relation, footprint, position)
     check_mapping(call, width + (position.width if position else 0))
+    check_position(value, position)
     return call
 
 

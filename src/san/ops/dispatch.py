@@ -74,11 +74,12 @@ def forced_backend() -> str:
 
 def answers(operator: str, call: Any) -> dict[str, str | None]:
     """Every backend's answer to a call, in order: None where it accepts, else its sentence."""
-    offered = _implementations[operator]
-    return {
-        name: offered[name].supports(call) if name in offered else f"{name} does not implement {operator}"
-        for name in backends()
-    }
+    return {name: _answer(operator, name, call) for name in backends()}
+
+
+def _answer(operator: str, name: str, call: Any) -> str | None:
+    found = _implementations[operator].get(name)
+    return found.supports(call) if found else f"{name} does not implement {operator}"
 
 
 def run(operator: str, call: Any) -> Tensor:
@@ -86,7 +87,7 @@ def run(operator: str, call: Any) -> Tensor:
     forced = forced_backend()
     _check_name(forced)
     if forced != "auto":
-        refusal = answers(operator, call)[forced]
+        refusal = _answer(operator, forced, call)
         if refusal is not None:
             raise UserError(f"backend {forced} cannot run this call: {refusal}")
         return _implementations[operator][forced].run(call)

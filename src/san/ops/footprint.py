@@ -60,6 +60,10 @@ class Footprint:
         """How far a footprint reaches beyond its centre, in input pixels."""
         return self.dilation * (self.kernel_size - 1) // 2
 
+    def numbers(self) -> list[int]:
+        """Kernel size, stride, dilation, and 1 for zeros or 0 for reflection: what kernels are told."""
+        return [self.kernel_size, self.stride, self.dilation, int(self.border == "zeros")]
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input map of `height` × `width`."""
         return (height + self.stride - 1) // self.stride, (width + self.stride - 1) // self.stride

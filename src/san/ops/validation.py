@@ -7,8 +7,9 @@ from torch import Tensor
 from san.errors import UserError
 from san.ops.kernels.attention import AttentionCall
 from san.ops.mapping import Mapping
+from san.ops.relations import Position
 
-__all__ = ["check_groups", "check_mapping", "check_maps"]
+__all__ = ["check_groups", "check_mapping", "check_maps", "check_position"]
 
 
 def check_maps(**maps: Tensor) -> None:
@@ -43,6 +44,7 @@ def check_mapping(call: AttentionCall, width: int) -> None:
         if taken != width:
             raise UserError(f"the mapping takes {taken} channels, but relation {call.relation!r} gives {width}")
         _check_samples(call, call.mapping)
+        _check_device(call.value, _tensors(call.mapping), "the mapping")
     if isinstance(call.mapping, Mapping | None):
         if groups % columns:
             raise UserError(
@@ -63,3 +65,23 @@ def _check_samples(call: AttentionCall, mapping: Mapping) -> None:
     samples = batch * rows * columns * call.samples_per_pixel()
     if samples == 1 and any(layer.norm.uses_batch and not layer.norm.synchronized for layer in mapping.layers):
         raise UserError("BatchNorm in training needs more than one value per channel, but batch and map hold one pixel")
+
+
+def check_position(value: Tensor, position: Position | None) -> None:
+    """Position must lie on the device of the maps."""
+    if position is not None:
+        _check_device(value, [position.weight, position.bias], "position")
+
+
+def _tensors(mapping: Mapping) -> list[Tensor | None]:
+    norms = [layer.norm for layer in mapping.layers]
+    averages = [x for norm in norms for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
+    return [*averages, *(x for layer in mapping.layers for x in (layer.weight, layer.bias))]
+
+
+def _check_device(value: Tensor, tensors: list[Tensor | None], owner: str) -> None:
+    for x in tensors:
+        if x is not None and x.device != value.device:
+            raise UserError(
+                f"a tensor of {owner} is on {x.device}, but it must be on {value.device}, where the maps are"
+            )

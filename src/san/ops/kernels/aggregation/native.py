@@ -13,37 +13,45 @@ from torch import Tensor
 from san.ops import dispatch
 from san.ops.kernels.aggregation.reference import AggregationCall
 from san.ops.kernels.native import operators
-from san.ops.kernels.native.operators import address, output_size, refusal, single
+from san.ops.kernels.native.operators import address, check, fake, operator, output_size, refusal, single
 
 __all__ = ["aggregate", "aggregate_places", "run", "supports"]
 
 
-@torch.library.custom_op("san::aggregation_forward", mutates_args=())
+@operator("san::aggregation_forward")
 def aggregate(value: Tensor, weight: Tensor, plan: list[int]) -> Tensor:
     """y [B, C, H_out, W_out] of value [B, C, H, W] and weight [B, G, K, P], both float32 and contiguous.
 
     `plan` is kernel size, stride, dilation, zeros.
     """
+    _check(value, weight, plan)
     output = _fake_forward(value, weight, plan)
     if output.numel():
         _call("forward", value, weight, plan, output=output)
     return output
 
 
-@aggregate.register_fake
+def _check(value: Tensor, weight: Tensor, plan: list[int]) -> None:
+    rows, columns = output_size(value, plan)
+    check(value=(value, value.shape), weight=(weight, (len(value), weight.shape[1], plan[0] ** 2, rows * columns)))
+
+
+@fake(aggregate)
 def _fake_forward(value: Tensor, weight: Tensor, plan: list[int]) -> Tensor:
     return value.new_empty(*value.shape[:2], *output_size(value, plan))
 
 
-@torch.library.custom_op("san::aggregation_backward", mutates_args=())
+@operator("san::aggregation_backward")
 def _backward(gradient: Tensor, value: Tensor, weight: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
+    _check(value, weight, plan)
+    check(gradient=(gradient, (*value.shape[:2], *output_size(value, plan))))
     of_value, of_weight = _fake_backward(gradient, value, weight, plan)
     if gradient.numel():
         _call("backward", value, weight, plan, gradient=gradient, of_value=of_value, of_weight=of_weight)
     return of_value, of_weight
 
 
-@_backward.register_fake
+@fake(_backward)
 def _fake_backward(gradient: Tensor, value: Tensor, weight: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(value), torch.empty_like(weight)
 
@@ -91,8 +99,7 @@ def supports(call: AggregationCall) -> str | None:
 
 def run(call: AggregationCall) -> Tensor:
     """Aggregation; see `reference.py`."""
-    rule = call.footprint
-    plan = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros")]
+    plan = call.footprint.numbers()
     return aggregate(single(call.value), single(call.weight), plan).to(call.value.dtype)
 
 

@@ -23,6 +23,8 @@
 
 namespace {
 
+static_assert(sizeof(void *) == sizeof(int64_t), "arguments hold addresses in 64 bits");
+
 enum Outcome { DONE = 0, WRONG_SIZES = 1, OUT_OF_MEMORY = 2 };
 
 // Sizes are checked before anything is computed from them. A tensor or buffer of them holds at most MAX_COUNT items:

@@ -40,9 +40,9 @@ class Library:
         self.instruction_set = instruction_set
         self._binary = binary
         self._functions: dict[str, Any] = {}
-        # Of addresses: the steps, their number, their arguments; see sequence.cpp.
+        # Addresses and lengths of tables; see sequence.cpp.
         self.run_sequence = binary.san_run_sequence
-        self.run_sequence.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        self.run_sequence.argtypes = [*[ctypes.c_void_p, ctypes.c_int64] * 3, ctypes.c_void_p]
         self.run_sequence.restype = ctypes.c_int64
 
     def call(self, name: str, *arguments: int) -> None:
@@ -162,14 +162,14 @@ def _stale(library: Path) -> bool:
 
 
 class _Team:
-    """Whether this process has asked for several threads, and whether a parent had before it forked this one."""
+    """Whether OpenMP's threads were lost: they do not survive a fork, and a child that waits for its parent's hangs."""
 
-    used = False
     lost = False
 
     @classmethod
     def forked(cls) -> None:
-        cls.lost = cls.lost or cls.used
+        # Torch may have started them even where no kernel here did.
+        cls.lost = True
 
 
 if hasattr(os, "register_at_fork"):
@@ -177,10 +177,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads() -> int:
-    """How many threads a kernel may use: torch's number, but one in a forked child whose parent used several.
-
-    OpenMP's threads do not survive a fork, and a child that waits for its parent's hangs.
-    """
-    count = 1 if _Team.lost else min(torch.get_num_threads(), _MOST_THREADS)
-    _Team.used = _Team.used or count > 1
-    return count
+    """How many threads a kernel may use: torch's number, but one in a forked child."""
+    return 1 if _Team.lost else min(torch.get_num_threads(), _MOST_THREADS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,10 +12,25 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
+from san.errors import UserError
 from san.ops.kernels.native import library, recording
 from san.ops.mapping import Mapping
 
-__all__ = ["MAX_LAYERS", "address", "addresses", "bits", "call", "output_size", "refusal", "runs_eagerly", "single"]
+__all__ = [
+    "MAX_LAYERS",
+    "address",
+    "addresses",
+    "bits",
+    "call",
+    "check",
+    "fake",
+    "operator",
+    "output_size",
+    "refusal",
+    "runs_eagerly",
+    "single",
+    "unobserved",
+]
 
 # As in the kernels: more layers than the paper's longest mapping, LRLRL, has.
 MAX_LAYERS = 4
@@ -25,6 +42,50 @@ GRAIN = 1 << 22
 def single(x: Tensor) -> Tensor:
     """x as kernels read it: float32, contiguous, and not negated on the fly as the imaginary part of a conjugate is."""
     return x.to(torch.float32).contiguous().resolve_neg()
+
+
+def operator(name: str, check: Callable[..., None] | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of tensors, which it may take to be contiguous, a custom operator of the CPU.
+
+    Who calls a custom operator makes its tensors contiguous, but a tracer that finds one so leaves that away. Nor is a
+    custom operator called by SAN alone: `check`, of the same arguments, raises `UserError` where they do not fit.
+    """
+    options: Any = {"mutates_args": (), "device_types": "cpu"}
+    return lambda function: torch.library.custom_op(name, _densely(function, check), **options)
+
+
+def fake(found: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function tell the shapes that a custom operator gives, of tensors that are contiguous there as well."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        found.register_fake(_densely(function))
+        return function
+
+    return register
+
+
+def _densely(function: Callable[..., Any], check: Callable[..., None] | None = None) -> Callable[..., Any]:
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        dense = [_dense(x) for x in arguments]
+        if check:
+            check(*dense)
+        return function(*dense)
+
+    return run
+
+
+def _dense(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.contiguous().resolve_neg()
+    return [_dense(each) for each in x] if isinstance(x, list) else x
+
+
+def check(dtype: torch.dtype = torch.float32, **tensors: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Raise `UserError` for the first tensor that is not of the dtype and the shape beside it."""
+    for name, (x, shape) in tensors.items():
+        if x is not None and (x.dtype != dtype or [*x.shape] != [*shape]):
+            raise UserError(f"{name} is {x.dtype} {list(x.shape)}, but it must be {dtype} {list(shape)}")
 
 
 def address(x: Tensor | None) -> int:
@@ -53,8 +114,7 @@ def call(kernel: str, *arguments: int, work: int | None = None) -> None:
         raise RuntimeError(f"the kernel {kernel} was called without the native library")
     threads = library.threads()
     threads = threads if work is None else min(threads, 1 + work // GRAIN)
-    call = (recording.active() or loaded).call
-    call(kernel, threads, *arguments)
+    (recording.active() or loaded).call(kernel, threads, *arguments)
 
 
 def output_size(map_: Tensor, geometry: list[int]) -> tuple[int, int]:
@@ -95,13 +155,17 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     Then an autograd function may call kernels directly; custom operators, for which PyTorch has an answer in every
     other case, cost more than the small kernels themselves.
     """
+    return unobserved() and all(map(_is_plain, tensors))
+
+
+def unobserved() -> bool:
+    """Whether nothing traces, observes or transforms what is done now."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not _python_dispatch._len_torch_dispatch_stack()
-        and all(map(_is_plain, tensors))
     )
 
 

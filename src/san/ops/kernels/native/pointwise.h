@@ -42,17 +42,23 @@ inline Footprint pixels_of(const Input &a) {
     return f;
 }
 
-inline Vector every_second(Vector a, Vector b, int first) {
-    Integers lanes;
-    for (int lane = 0; lane < LANES; lane++) lanes[lane] = 2 * lane + first;
-    return __builtin_shuffle(a, b, lanes);
+template <int first>
+inline Vector every_second(Vector a, Vector b) {
+    struct Second {
+        static constexpr int lane_of(int lane) { return 2 * lane + first; }
+    };
+    return shuffled<Second>(a, b);
 }
 
-// maximum() of four values that hands NaN on.
+// The larger of both, or a NaN of either.
+inline Vector larger_or_nan(Vector a, Vector b) {
+    Vector top = maximum(a, b);
+    return a == a ? top : a;
+}
+
+// The largest of four values, or a NaN among them.
 inline Vector largest(const Vector *x) {
-    Vector top = maximum(maximum(x[0], x[1]), maximum(x[2], x[3]));
-    Vector sum = x[0] + x[1] + x[2] + x[3];
-    return sum == sum ? top : sum;
+    return larger_or_nan(larger_or_nan(x[0], x[1]), larger_or_nan(x[2], x[3]));
 }
 
 }  // namespace

@@ -6,19 +6,19 @@ that `Recording.repeat` is given. Whatever else the calls name, weights for inst
 
 from __future__ import annotations
 
+import math
 import threading
+from array import array
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from san.ops.kernels.native import library
 
 __all__ = ["Place", "Recording", "active", "record"]
 
-# Places are negative among the arguments of kernels, which sizes, addresses and bits of positive numbers are not:
+# Places are negative among the arguments of kernels, which sizes, addresses and bits of non-negative numbers are not:
 # −1 − byte − SPAN · memory.
 _SPAN = 1 << 48
 _LINE = 64
@@ -46,7 +46,7 @@ class Place:
 
     def numel(self) -> int:
         """How many numbers the tensor has."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def data_ptr(self) -> int:
         """What stands for the address among the arguments."""
@@ -90,12 +90,17 @@ class Recording:
     def finish(self) -> Recording:
         """Make ready for `repeat`."""
         loaded: Any = library.load()
-        self._arguments = np.array([value for _, values in self._calls for value in values], np.int64)
-        self._where = np.flatnonzero(self._arguments < 0)
-        self._memory, self._arguments[self._where] = np.divmod(-1 - self._arguments[self._where], _SPAN)
+        arguments = [value for _, values in self._calls for value in values]
+        places = [number for number, value in enumerate(arguments) if value < 0]
+        moved = []
+        for number in places:
+            memory, arguments[number] = divmod(-1 - arguments[number], _SPAN)
+            moved += [number, memory]
         counts = [len(values) for _, values in self._calls]
+        firsts = [0, *accumulate(counts[:-1])]
         functions = [loaded.address(name) for name, _ in self._calls]
-        self._steps = np.array([functions, [0, *accumulate(counts[:-1])], counts], np.int64).T.copy()
+        steps = [x for step in zip(functions, firsts, counts, strict=True) for x in step]
+        self._tables = [array("q", table) for table in (steps, arguments, moved)]
         return self
 
     def repeat(self, *memories: int) -> None:
@@ -104,9 +109,13 @@ class Recording:
         The caller keeps all memory alive; that of the weights lies where it lay. Raises as the kernels' calls do.
         """
         loaded: Any = library.load()
-        arguments = self._arguments.copy()
-        arguments[self._where] += np.array(memories)[self._memory]
-        failure = loaded.run_sequence(self._steps.ctypes.data, len(self._steps), arguments.ctypes.data)
+        (steps, arguments, moved), given = self._tables, array("q", memories)
+        failure = loaded.run_sequence(
+            *(steps.buffer_info()[0], len(self._calls)),
+            *arguments.buffer_info(),
+            *(moved.buffer_info()[0], len(moved) // 2),
+            given.buffer_info()[0],
+        )
         if failure:
             raise library.failure(self._calls[failure // 256][0], failure % 256)
 

@@ -45,8 +45,32 @@ inline Vector maximum(Vector bound, Vector x) {
 
 inline Vector rectified(Vector x) { return maximum(Vector{}, x); }
 
-// gradient where the rectified activation is positive, else 0.
-inline Vector passed(Vector gradient, Vector activation) { return activation > 0 ? gradient : Vector{}; }
+// The gradient, or 0 where the activation was rectified; a NaN was not.
+inline Vector passed(Vector gradient, Vector activation) { return activation <= 0 ? Vector{} : gradient; }
+
+template <int... lane>
+struct LaneNumbers {};
+template <int count, int... lane>
+struct LanesBelow : LanesBelow<count - 1, count - 1, lane...> {};
+template <int... lane>
+struct LanesBelow<0, lane...> {
+    typedef LaneNumbers<lane...> Type;
+};
+
+template <typename From, int... lane>
+inline Vector shuffled(Vector a, Vector b, LaneNumbers<lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, From::lane_of(lane)...);
+#else
+    return __builtin_shuffle(a, b, Integers{From::lane_of(lane)...});
+#endif
+}
+
+// Lane l is lane `From::lane_of(l)` of a and b, counted through both.
+template <typename From>
+inline Vector shuffled(Vector a, Vector b) {
+    return shuffled<From>(a, b, typename LanesBelow<LANES>::Type());
+}
 
 #if defined(__AVX512F__)
 typedef __mmask16 Mask;
@@ -94,12 +118,13 @@ inline Vector first_lanes(int count) {
 // Swaps neighbouring groups of `distance` lanes between two vectors and adds: one level of a transposed sum.
 template <int distance>
 inline Vector folded(Vector a, Vector b) {
-    Integers kept, swapped;
-    for (int lane = 0; lane < LANES; lane++) {
-        kept[lane] = lane + (lane & distance ? LANES : 0);
-        swapped[lane] = (lane ^ distance) + (lane & distance ? LANES : 0);
-    }
-    return __builtin_shuffle(a, b, kept) + __builtin_shuffle(a, b, swapped);
+    struct Kept {
+        static constexpr int lane_of(int lane) { return lane + (lane & distance ? LANES : 0); }
+    };
+    struct Swapped {
+        static constexpr int lane_of(int lane) { return (lane ^ distance) + (lane & distance ? LANES : 0); }
+    };
+    return shuffled<Kept>(a, b) + shuffled<Swapped>(a, b);
 }
 
 template <int distance>

@@ -1,8 +1,9 @@
 // Pairwise attention on the CPU, fused: relation, γ, softmax and aggregation of a tile, nothing per pair in memory.
 //
-// Every row d of δ has one form, relu(left_d + factor_d · right_d): left and factor are vectors of a tile, right is a
-// bordered map. BatchNorm arrives folded: into `scale` and `shift` of δ, and into the weights and biases of γ's layers.
-// Backward recomputes a tile, so nothing is kept but the maps. Legend: D δ's width, R relation width, G weight groups.
+// Every row d of δ has one form, relu((right_d − minus_d) · factor_d + shift_d): minus and factor are vectors of a tile,
+// right is a bordered map; so a difference is taken before it is scaled. BatchNorm arrives folded: into `scale` and
+// `shift` of δ, and into the weights and biases of γ's layers. Backward recomputes a tile, so nothing is kept but the
+// maps. Legend: D δ's width, R relation width, G weight groups.
 
 #include "../native/attention.h"
 #include "../native/frame.h"
@@ -124,8 +125,8 @@ struct Worker {
     const Arguments &a;
     int64_t chunk, widest;
     float *centre = nullptr;               // query, then position, at the tile's centres
-    float *left = nullptr, *factor = nullptr;
-    float *left_sum = nullptr, *factor_sum = nullptr;
+    float *minus = nullptr, *factor = nullptr;
+    float *sum = nullptr, *factor_sum = nullptr;
     float *panel[MAX_LAYERS + 1] = {};     // what enters each layer of γ
     float *scores = nullptr, *score_gradient = nullptr;
     float *between = nullptr;              // a gradient between two layers
@@ -140,7 +141,7 @@ struct Worker {
 
     void lay_out(Workspace &space, bool backward) {
         centre = space.take<float>(p.key_channels * LANES);
-        left = space.take<float>(p.width * LANES);
+        minus = space.take<float>(p.width * LANES);
         factor = space.take<float>(p.width * LANES);
         inner = space.take<float>(chunk * LANES);
         for (int64_t n = 0; n < larger(a.layers, 1); n++)
@@ -156,7 +157,7 @@ struct Worker {
         between = space.take<float>(panel_rows(widest) * chunk * LANES);
         query = space.take<float>(p.key_channels * LANES);
         output = space.take<float>(a.value_channels * LANES);
-        left_sum = space.take<float>(p.width * LANES);
+        sum = space.take<float>(p.width * LANES);
         factor_sum = space.take<float>(p.width * LANES);
     }
 
@@ -164,12 +165,11 @@ struct Worker {
         for (int64_t c = 0; c < p.key_channels; c++) store(centre + c * LANES, p.left(tile, c));
         for (int64_t d = 0; d < p.width; d++) {
             Row row = p.rows[d];
-            float s = a.scale ? a.scale[d] : 1.0f, t = a.shift ? a.shift[d] : 0.0f;
+            float s = a.scale ? a.scale[d] : 1.0f;
             Vector x = load(centre + row.left * LANES);
             bool alone = row.kind == RIGHT || row.kind == INNER || row.kind == MULTIPLE;
-            store(left + d * LANES, alone ? broadcast(t) : x * s + t);
-            Vector k = row.kind == MULTIPLE ? x * s : broadcast(row.kind == DIFFERENCE ? -s : row.kind == LEFT ? 0.0f : s);
-            store(factor + d * LANES, k);
+            store(minus + d * LANES, alone ? Vector{} : row.kind == DIFFERENCE ? x : -x);
+            store(factor + d * LANES, row.kind == MULTIPLE ? x * s : broadcast(row.kind == DIFFERENCE ? -s : s));
         }
     }
 
@@ -188,11 +188,12 @@ struct Worker {
     void relate(const Tile &tile, int64_t first, int64_t count, bool rectify) {
         if (a.relation == DOT) inner_products<SEGMENTS>(tile, first, count);
         for (int64_t d = 0; d < p.width; d++) {
-            Vector l = load(left + d * LANES), k = load(factor + d * LANES);
+            Vector m = load(minus + d * LANES), k = load(factor + d * LANES);
+            Vector t = broadcast(a.shift ? a.shift[d] : 0.0f);
             const float *plane = p.key + p.rows[d].right * p.f.plane;
             float *out = panel[0] + d * chunk * LANES;
             for (int64_t j = 0; j < count; j++) {
-                Vector x = l + k * right<SEGMENTS>(tile, d, plane, first + j, j);
+                Vector x = (right<SEGMENTS>(tile, d, plane, first + j, j) - m) * k + t;
                 store(out + j * LANES, rectify ? rectified(x) : x);
             }
         }
@@ -298,13 +299,13 @@ void relation_backward(Worker &w, const Tile &tile, const Tile &target, const fl
     int64_t stride = p.f.places * LANES;
     for (int64_t d = 0; d < p.width; d++) {
         const float *from = p.key + p.rows[d].right * p.f.plane;
-        Vector left{}, factor{};
+        Vector sum{}, factor{}, minus = load(w.minus + d * LANES);
         for (int64_t j = 0; j < p.f.places; j++) {
             Vector x = load(gradient + d * stride + j * LANES);
-            left += x;
-            factor += x * w.right<SEGMENTS>(tile, d, from, j, j);
+            sum += x;
+            factor += x * (w.right<SEGMENTS>(tile, d, from, j, j) - minus);
         }
-        store(w.left_sum + d * LANES, left);
+        store(w.sum + d * LANES, sum);
         store(w.factor_sum + d * LANES, factor);
     }
     // Channels are the inner loop for the reason that Aggregation::backward gives.
@@ -340,17 +341,14 @@ void centre_backward(Worker &w, const Tile &tile, const Tile &target, const floa
     for (int64_t d = 0; d < p.width; d++) {
         Row row = p.rows[d];
         float s = a.scale ? a.scale[d] : 1.0f;
-        Vector left = load(w.left_sum + d * LANES), factor = load(w.factor_sum + d * LANES);
-        Vector x = load(w.centre + row.left * LANES), slope;
-        if (row.kind == DIFFERENCE) slope = x * left - factor;
-        else if (row.kind == SUM) slope = x * left + factor;
-        else if (row.kind == MULTIPLE) slope = x * factor;
-        else slope = row.kind == LEFT ? x * left : factor;
+        Vector sum = load(w.sum + d * LANES), factor = load(w.factor_sum + d * LANES);
+        Vector x = load(w.centre + row.left * LANES);
+        Vector slope = row.kind == DIFFERENCE ? -factor : row.kind == MULTIPLE ? x * factor : factor;
         sums.scale[d] += lane_sum(slope);
-        sums.shift[d] += lane_sum(left);
+        sums.shift[d] += lane_sum(sum);
         if (row.kind == RIGHT || row.kind == INNER) continue;
         float *q = w.query + row.left * LANES;
-        store(q, load(q) + (row.kind == MULTIPLE ? factor : left) * s);
+        store(q, load(q) + (row.kind == MULTIPLE ? factor : sum) * s);
     }
     if (a.relation == DOT) inner_backward<SEGMENTS>(w, tile, target, gradient, sums);
     int64_t size = p.f.height * p.f.width;
@@ -471,7 +469,8 @@ bool fits(const Arguments &a) {
     for (int64_t n = 0; n < a.layers; n++)
         if (!countable(a.widths[n], a.kernel, a.kernel) || !countable(a.widths[n], larger(1, a.widths[n + 1])))
             return false;
-    // Moments are of what enters the last layer, so they know nothing of what it gives.
+    // Moments take co-deviations of what enters the last layer, and know nothing of what that gives.
+    if (!a.value && a.layers && !countable(a.widths[a.layers - 1], a.widths[a.layers - 1])) return false;
     return a.widths[a.layers] == (a.value ? a.groups : a.layers ? 0 : a.widths[0]);
 }
 
@@ -612,7 +611,7 @@ void observe_rows(const Worker &w, const Tile &tile, Statistics &to) {
         // What rounding the mean to single precision added is taken off again.
         double rounding = mean - static_cast<double>(static_cast<float>(mean));
         double deviation = lane_sum(squares * valid) - count * rounding * rounding;
-        to.deviation[d] += (deviation > 0 ? deviation : 0) + to.count / total * count * step * step;
+        to.deviation[d] += (deviation < 0 ? 0 : deviation) + to.count / total * count * step * step;
         to.mean[d] += count / total * step;
     }
     to.count = total;

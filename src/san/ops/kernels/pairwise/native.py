@@ -24,7 +24,17 @@ from torch.autograd.function import once_differentiable
 from san.ops import dispatch
 from san.ops.footprint import Footprint, coordinates
 from san.ops.kernels.native import operators
-from san.ops.kernels.native.operators import MAX_LAYERS, address, addresses, output_size, refusal, single
+from san.ops.kernels.native.operators import (
+    MAX_LAYERS,
+    address,
+    addresses,
+    check,
+    fake,
+    operator,
+    output_size,
+    refusal,
+    single,
+)
 from san.ops.kernels.normalization.native import Samples, fold, fold_backward, suits
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.kernels.pointwise.native import Affine, Linear
@@ -89,6 +99,21 @@ class _Inputs(NamedTuple):
             return self._replace(scale=norm.scale, shift=norm.shift, weights=[weight], biases=[bias])
         weights, biases = [*self.weights[:-1], norm.scale, weight], [*self.biases[:-1], norm.shift, bias]
         return self._replace(weights=weights, biases=biases)
+
+    def check(self, value: Tensor | None = None, gradient: Tensor | None = None) -> _Inputs:
+        """The same, if all tensors are of shapes that go together; raises `UserError`."""
+        batch, _, height, width = self.query.shape
+        check(query=(self.query, self.query.shape), key=(self.key, self.query.shape))
+        check(position=(self.position, (1, 2, height, width)))
+        widths = [self.plan[-1], *map(len, self.weights)]
+        check(scale=(self.scale, widths[:1]), shift=(self.shift, widths[:1]))
+        for weight, bias, taken, given in zip(self.weights, self.biases, widths, widths[1:], strict=False):
+            check(weight=(weight, (given, taken)), bias=(bias, (given,)))
+        if value is not None:
+            channels = value.shape[1]
+            size = output_size(self.query, self.plan)
+            check(value=(value, (batch, channels, height, width)), gradient=(gradient, (batch, channels, *size)))
+        return self
 
     def observed(self) -> _Inputs:
         """What gives the samples behind the next BatchNorm's moments: δ, or what enters the last Linear."""
@@ -169,7 +194,7 @@ def _observe_backward(inputs: _Inputs, slope: Tensor, intercept: Tensor, found: 
         _call("moments_backward", inputs, layers=layers, gradients=found, moments=moments)
 
 
-@torch.library.custom_op("san::pairwise_forward", mutates_args=())
+@operator("san::pairwise_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -182,15 +207,16 @@ def _forward(
     biases: list[Tensor],
     plan: list[int],
 ) -> Tensor:
-    return _attend(_Inputs(query, key, position, scale, shift, weights, biases, plan), value, groups)
+    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan).check(value)
+    return _attend(inputs, value, groups)
 
 
-@_forward.register_fake
+@fake(_forward)
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, groups: int, *inputs: Any) -> Tensor:
     return value.new_empty(*value.shape[:2], *output_size(value, inputs[-1]))
 
 
-@torch.library.custom_op("san::pairwise_backward", mutates_args=())
+@operator("san::pairwise_backward")
 def _backward(
     gradient: Tensor,
     value: Tensor,
@@ -204,17 +230,17 @@ def _backward(
     biases: list[Tensor],
     plan: list[int],
 ) -> list[Tensor]:
-    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
+    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan).check(value, gradient)
     of_value, found = _attend_backward(inputs, value, groups, gradient)
     return [of_value, *found]
 
 
-@_backward.register_fake
+@fake(_backward)
 def _fake_backward(gradient: Tensor, value: Tensor, groups: int, *inputs: Any) -> list[Tensor]:
     return [torch.zeros_like(value), *_Inputs(*inputs).gradients()]
 
 
-@torch.library.custom_op("san::pairwise_moments", mutates_args=())
+@operator("san::pairwise_moments")
 def _moments(
     query: Tensor,
     key: Tensor,
@@ -225,10 +251,10 @@ def _moments(
     biases: list[Tensor],
     plan: list[int],
 ) -> tuple[Tensor, Tensor]:
-    return _observe(_Inputs(query, key, position, scale, shift, weights, biases, plan))
+    return _observe(_Inputs(query, key, position, scale, shift, weights, biases, plan).check())
 
 
-@_moments.register_fake
+@fake(_moments)
 def _fake_moments(*inputs: Any) -> tuple[Tensor, Tensor]:
     found = _Inputs(*inputs)
     width, double = found.given_width(), torch.float64
@@ -236,7 +262,7 @@ def _fake_moments(*inputs: Any) -> tuple[Tensor, Tensor]:
     return found.query.new_zeros(width, dtype=double), found.query.new_zeros(shape, dtype=double)
 
 
-@torch.library.custom_op("san::pairwise_moments_backward", mutates_args=())
+@operator("san::pairwise_moments_backward")
 def _moments_backward(
     slope: Tensor,
     intercept: Tensor,
@@ -249,13 +275,15 @@ def _moments_backward(
     biases: list[Tensor],
     plan: list[int],
 ) -> list[Tensor]:
-    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan)
+    inputs = _Inputs(query, key, position, scale, shift, weights, biases, plan).check()
+    given = inputs.given_width()
+    check(slope=(slope, (given,) if scale is None else (given, given)), intercept=(intercept, (given,)))
     found = inputs.gradients()
     _observe_backward(inputs, slope, intercept, found)
     return found
 
 
-@_moments_backward.register_fake
+@fake(_moments_backward)
 def _fake_moments_backward(slope: Tensor, intercept: Tensor, *inputs: Any) -> list[Tensor]:
     return _Inputs(*inputs).gradients()
 
@@ -459,13 +487,9 @@ def _position_map(position: Position | None, like: Any) -> Any:
 
 
 def _plan(relation: str, rule: Footprint, position: Position | None, width: int) -> list[int]:
-    geometry = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros")]
-    return [
-        *geometry,
-        _RELATIONS[relation],
-        _POSITIONS[position.kind] if position else 0,
-        int(width),
-    ]  # a tensor in jit.trace
+    kind = _POSITIONS[position.kind] if position else 0
+    # In jit.trace the width is a tensor.
+    return [*rule.numbers(), _RELATIONS[relation], kind, int(width)]
 
 
 def _identity_width(call: PairwiseCall) -> int:

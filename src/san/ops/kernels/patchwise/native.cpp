@@ -636,7 +636,7 @@ struct OutputBackward : Output {
             for (; i < size; i++) {
                 float x = a.hidden[at + i], total = hidden[0][at + i];
                 for (int64_t p = 1; p < cut.parts; p++) total += hidden[p][at + i];
-                total = x * scale + shift > 0 ? total : 0;
+                total = x * scale + shift <= 0 ? 0 : total;
                 slope += total * x;
                 sum += total;
                 a.hidden_gradient[at + i] = total * scale;
@@ -721,7 +721,7 @@ struct Moments {
     void conclude(int64_t row, double pilot, double sum, double squares) const {
         double count = static_cast<double>(frame.f.pixels), deviation = squares - sum * sum / count;
         a.mean[row] = pilot + sum / count;
-        a.deviation[row] = deviation > 0 ? deviation : 0;
+        a.deviation[row] = deviation < 0 ? 0 : deviation;
     }
 
     void observe_queries(int64_t c) const {
@@ -738,7 +738,7 @@ struct Moments {
     void observe_keys(int64_t c, double *row_sums) const {
         const Footprint &f = frame.f;
         const float *plane = key + c * f.plane;
-        double pilot = plane[(f.bordered_height / 2) * f.bordered_width + f.bordered_width / 2];
+        double pilot = plane_mean(plane);
         double *mean = a.mean + a.query_channels + c * f.places;
         double *deviation = a.deviation + a.query_channels + c * f.places;
         for (int64_t j = 0; j < f.places; j++) mean[j] = deviation[j] = 0;
@@ -757,6 +757,15 @@ struct Moments {
         }
         for (int64_t j = 0; j < f.places; j++)
             conclude(a.query_channels + c * f.places + j, pilot, mean[j], deviation[j]);
+    }
+
+    // Of the first image: near enough to every window's mean, whatever a few pixels hold.
+    double plane_mean(const float *plane) const {
+        const Footprint &f = frame.f;
+        double sum = 0, squares = 0;
+        for (int64_t y = 0; y < f.bordered_height; y++)
+            observe_run(plane + y * f.bordered_width, f.bordered_width, 1, 0, sum, squares);
+        return sum / (f.bordered_height * f.bordered_width);
     }
 
     // Sum and squares of one bordered row through the windows of its k places.

@@ -24,7 +24,7 @@ from san.ops import dispatch
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation.native import aggregate, aggregate_places
 from san.ops.kernels.native import operators
-from san.ops.kernels.native.operators import address, output_size, refusal, single
+from san.ops.kernels.native.operators import address, check, fake, operator, output_size, refusal, single
 from san.ops.kernels.normalization.native import Folded, Gradients, Samples, fold, fold_backward, suits
 from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.kernels.pointwise.native import Affine, products
@@ -61,10 +61,25 @@ def _give_hidden(
     return output
 
 
-_hidden = torch.library.custom_op("san::patchwise_hidden", _give_hidden, mutates_args=())
+def _check_hidden(
+    query: Tensor, key: Any, scale: Any, shift: Any, weight: Any, bias: Any, plan: list[int], gradient: Any = None
+) -> None:
+    batch, channels = query.shape[:2]
+    width, given = channels + key.shape[1] * plan[0] ** 2, len(weight)
+    _check_maps(query, key)
+    check(scale=(scale, (width,)), shift=(shift, (width,)), bias=(bias, (given,)))
+    check(weight=(weight.flatten(1), (given, width)), gradient=(gradient, (batch, given, *output_size(query, plan))))
 
 
-@_hidden.register_fake
+def _check_hidden_backward(gradient: Tensor, *inputs: Any) -> None:
+    *tensors, plan = inputs
+    _check_hidden(*tensors, None, plan, gradient)
+
+
+_hidden = operator("san::patchwise_hidden", _check_hidden)(_give_hidden)
+
+
+@fake(_hidden)
 def _fake_hidden(query: Tensor, key: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(query.shape[0], len(weight), *output_size(query, rest[-1]))
 
@@ -85,10 +100,10 @@ def _give_hidden_backward(
     return found
 
 
-_hidden_backward = torch.library.custom_op("san::patchwise_hidden_backward", _give_hidden_backward, mutates_args=())
+_hidden_backward = operator("san::patchwise_hidden_backward", _check_hidden_backward)(_give_hidden_backward)
 
 
-@_hidden_backward.register_fake
+@fake(_hidden_backward)
 def _fake_hidden_backward(gradient: Tensor, *inputs: Any) -> list[Tensor]:
     weight = inputs[4]
     return [*map(torch.zeros_like, inputs[:5]), weight.new_zeros(len(weight))]
@@ -118,10 +133,28 @@ def _give_output(
     return output
 
 
-_output = torch.library.custom_op("san::patchwise_output", _give_output, mutates_args=())
+def _check_output(
+    hidden: Any, scale: Any, shift: Any, weight: Any, bias: Any, value: Tensor, plan: list[int], gradient: Any = None
+) -> None:
+    batch, channels, *_ = value.shape
+    size, width = output_size(value, plan), hidden.shape[1]
+    check(
+        value=(value, value.shape),
+        hidden=(hidden, (batch, width, *size)),
+        gradient=(gradient, (batch, channels, *size)),
+    )
+    check(scale=(scale, (width,)), shift=(shift, (width,)), bias=(bias, (len(weight),)))
+    check(weight=(weight, (len(weight) // plan[0] ** 2 * plan[0] ** 2, width)))
 
 
-@_output.register_fake
+def _check_output_backward(gradient: Tensor, *inputs: Any) -> None:
+    _check_output(*inputs, gradient)
+
+
+_output = operator("san::patchwise_output", _check_output)(_give_output)
+
+
+@fake(_output)
 def _fake_output(hidden: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     _, value, plan = rest
     return value.new_empty(*value.shape[:2], *output_size(value, plan))
@@ -144,10 +177,10 @@ def _give_output_backward(
     return found
 
 
-_output_backward = torch.library.custom_op("san::patchwise_output_backward", _give_output_backward, mutates_args=())
+_output_backward = operator("san::patchwise_output_backward", _check_output_backward)(_give_output_backward)
 
 
-@_output_backward.register_fake
+@fake(_output_backward)
 def _fake_output_backward(gradient: Tensor, *inputs: Any) -> list[Tensor]:
     return [torch.zeros_like(x) for x in inputs[:-1]]
 
@@ -170,10 +203,15 @@ def _give_moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, 
     return mean, deviation
 
 
-_moments = torch.library.custom_op("san::patchwise_moments", _give_moments, mutates_args=())
+def _check_maps(query: Tensor, key: Tensor, plan: list[int] | None = None) -> None:
+    batch, channels, *size = query.shape
+    check(query=(query, query.shape), key=(key, (batch, min(key.shape[1], channels), *size)))
 
 
-@_moments.register_fake
+_moments = operator("san::patchwise_moments", _check_maps)(_give_moments)
+
+
+@fake(_moments)
 def _fake_moments(query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
     width = query.shape[1] + key.shape[1] * plan[0] ** 2
     return query.new_zeros(width, dtype=torch.float64), query.new_zeros(width, dtype=torch.float64)
@@ -188,16 +226,19 @@ def _add_moments_backward(
         _call("moments_backward", query, plan, sizes, query, key, None, None, slope, intercept, *found)
 
 
-@torch.library.custom_op("san::patchwise_moments_backward", mutates_args=())
+@operator("san::patchwise_moments_backward")
 def _moments_backward(
     slope: Tensor, intercept: Tensor, query: Tensor, key: Tensor, plan: list[int]
 ) -> tuple[Tensor, Tensor]:
+    _check_maps(query, key)
+    width = query.shape[1] + key.shape[1] * plan[0] ** 2
+    check(torch.float64, slope=(slope, (width,)), intercept=(intercept, (width,)))
     found = _fake_moments_backward(slope, intercept, query, key, plan)
     _add_moments_backward(slope, intercept, query, key, plan, found)
     return found
 
 
-@_moments_backward.register_fake
+@fake(_moments_backward)
 def _fake_moments_backward(
     slope: Tensor, intercept: Tensor, query: Tensor, key: Tensor, plan: list[int]
 ) -> tuple[Tensor, Tensor]:
@@ -217,29 +258,32 @@ def _moments_gradients(ctx: Any, of_mean: Tensor, of_deviation: Tensor) -> tuple
     return *_moments_backward(slope.contiguous(), intercept.contiguous(), query, key, ctx.plan), None
 
 
-@torch.library.custom_op("san::patchwise_star", mutates_args=())
+@operator("san::patchwise_star")
 def _star(query: Tensor, key: Tensor, plan: list[int]) -> Tensor:
     """δ = [φ_iᵀψ_j]_j as a map [B, K, H_out, W_out]."""
+    check(query=(query, key.shape), key=(key, key.shape))
     output = _fake_star(query, key, plan)
     if output.numel():
         _call("star", key, plan, (key.shape[1],), query, key, output, *[None] * 3)
     return output
 
 
-@_star.register_fake
+@fake(_star)
 def _fake_star(query: Tensor, key: Tensor, plan: list[int]) -> Tensor:
     return key.new_empty(key.shape[0], plan[0] ** 2, *output_size(key, plan))
 
 
-@torch.library.custom_op("san::patchwise_star_backward", mutates_args=())
+@operator("san::patchwise_star_backward")
 def _star_backward(gradient: Tensor, query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
+    check(query=(query, key.shape), key=(key, key.shape))
+    check(gradient=(gradient, (len(key), plan[0] ** 2, *output_size(key, plan))))
     found = _fake_star_backward(gradient, query, key, plan)
     if gradient.numel():
         _call("star_backward", key, plan, (key.shape[1],), query, key, None, gradient, *found)
     return found
 
 
-@_star_backward.register_fake
+@fake(_star_backward)
 def _fake_star_backward(gradient: Tensor, query: Tensor, key: Tensor, plan: list[int]) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(query), torch.zeros_like(key)
 
@@ -361,7 +405,7 @@ def run(call: PatchwiseCall) -> Tensor:
     """Patchwise attention; see `reference.py`."""
     query, key, value = map(single, (call.query, call.key, call.value))
     rule, layers = call.footprint, call.mapping.layers if isinstance(call.mapping, Mapping) else ()
-    plan = [rule.kernel_size, rule.stride, rule.dilation, int(rule.border == "zeros")]
+    plan = rule.numbers()
     if call.relation == "star":
         x = _star(query, key, plan)
     else:
@@ -409,7 +453,7 @@ def attend_folded(
 
     A layer of γ is its BatchNorm, folded, and its Linear with a weight [O, D, 1, 1].
     """
-    plan = [footprint.kernel_size, footprint.stride, footprint.dilation, int(footprint.border == "zeros")]
+    plan = footprint.numbers()
     if relation == "star":
         x = _fake_star(query, key, plan)
         _call("star", key, plan, (key.shape[1],), query, key, x, *[None] * 3)

@@ -52,8 +52,8 @@ struct Reader {
 
     static void two(const float *from, Vector *x) {
         Vector low = load(from), high = load(from + LANES);
-        x[0] = every_second(low, high, 0);
-        x[1] = every_second(low, high, 1);
+        x[0] = every_second<0>(low, high);
+        x[1] = every_second<1>(low, high);
     }
 };
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from san.ops.kernels.native import operators
 
-__all__ = ["MAX_STEM_CHANNELS", "Affine", "Linear", "Norm", "fold", "products"]
+__all__ = ["MAX_PRODUCTS", "MAX_STEM_CHANNELS", "Affine", "Linear", "Norm", "fold", "products"]
 
 MAX_STEM_CHANNELS = 4
-_MAX_PRODUCTS = 3
+MAX_PRODUCTS = 3
 _MAX_NORMS = 6
 
 
@@ -82,7 +82,9 @@ def products(
     made = linears if output is None else linears[1:]
     outputs = [x.new_empty(batch, linear.weight.shape[0], *size) for linear in made]
     outputs = outputs if output is None else [output, *outputs]
-    room = [0] * (_MAX_PRODUCTS - len(linears))
+    if residual is not None and residual.shape != outputs[0].shape:
+        raise ValueError(f"the residual is {list(residual.shape)}, but the product it joins {list(outputs[0].shape)}")
+    room = [0] * (MAX_PRODUCTS - len(linears))
     scale, shift = stem or norm or (None, None)
     entering = stem.scale.shape[0] if stem else channels
     operators.call(
@@ -91,9 +93,9 @@ def products(
         *(channels if stem else 0, operators.address(x)),
         *operators.addresses(None if stem else scale, shift, scale if stem else None),
         *(*(output.shape[1] for output in outputs), *room),
-        *operators.addresses(*(linear.weight for linear in linears), room=_MAX_PRODUCTS),
-        *operators.addresses(*(linear.bias for linear in linears), room=_MAX_PRODUCTS),
-        *operators.addresses(*outputs, room=_MAX_PRODUCTS),
+        *operators.addresses(*(linear.weight for linear in linears), room=MAX_PRODUCTS),
+        *operators.addresses(*(linear.bias for linear in linears), room=MAX_PRODUCTS),
+        *operators.addresses(*outputs, room=MAX_PRODUCTS),
         operators.address(residual),
         work=batch * size[0] * size[1] * entering * sum(output.shape[1] for output in outputs),
     )

@@ -93,10 +93,12 @@ struct Pieces {
 };
 
 // Vectors a and b with lanes in turn, the first or the second half of them.
-inline Vector woven(Vector a, Vector b, int half) {
-    Integers lanes;
-    for (int lane = 0; lane < LANES; lane++) lanes[lane] = (lane + half * LANES) / 2 + (lane & 1 ? LANES : 0);
-    return __builtin_shuffle(a, b, lanes);
+template <int half>
+inline Vector woven(Vector a, Vector b) {
+    struct InTurn {
+        static constexpr int lane_of(int lane) { return (lane + half * LANES) / 2 + (lane & 1 ? LANES : 0); }
+    };
+    return shuffled<InTurn>(a, b);
 }
 
 // The input at some output pixels: one reading of every channel, or the four that pooling compares.
@@ -142,8 +144,8 @@ struct Source {
         }
         for (int y = 0; y < READINGS / 2; y++) {
             Vector low = load(row[y] + 2 * v * LANES), high = load(row[y] + (2 * v + 1) * LANES);
-            x[2 * y] = every_second(low, high, 0);
-            x[2 * y + 1] = every_second(low, high, 1);
+            x[2 * y] = every_second<0>(low, high);
+            x[2 * y + 1] = every_second<1>(low, high);
         }
     }
 
@@ -203,9 +205,10 @@ struct Target {
             store(row[0] + v * LANES, g[0]);
             return;
         }
-        for (int y = 0; y < READINGS / 2; y++)
-            for (int half = 0; half < 2; half++)
-                store(row[y] + (2 * v + half) * LANES, woven(g[2 * y], g[2 * y + 1], half));
+        for (int y = 0; y < READINGS / 2; y++) {
+            store(row[y] + 2 * v * LANES, woven<0>(g[2 * y], g[2 * y + 1]));
+            store(row[y] + (2 * v + 1) * LANES, woven<1>(g[2 * y], g[2 * y + 1]));
+        }
     }
 
     void close() const {
@@ -239,17 +242,18 @@ inline void add_sums(Vector *part, int64_t count, double *to) {
 // One level of a transposition: exchanges the blocks of `distance` lanes beside the diagonal.
 template <int distance>
 inline void exchange(Vector *x) {
-    Integers low, high;
-    for (int lane = 0; lane < LANES; lane++) {
-        low[lane] = lane & distance ? LANES + lane - distance : lane;
-        high[lane] = lane & distance ? LANES + lane : lane + distance;
-    }
+    struct Low {
+        static constexpr int lane_of(int lane) { return lane & distance ? LANES + lane - distance : lane; }
+    };
+    struct High {
+        static constexpr int lane_of(int lane) { return lane & distance ? LANES + lane : lane + distance; }
+    };
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
         if (i & distance) continue;
         Vector a = x[i], b = x[i + distance];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + distance] = __builtin_shuffle(a, b, high);
+        x[i] = shuffled<Low>(a, b);
+        x[i + distance] = shuffled<High>(a, b);
     }
     if constexpr (distance > 1) exchange<distance / 2>(x);
 }
@@ -687,7 +691,7 @@ struct Moments {
     }
 };
 
-// Values at a time: twice read, they stay in the first-level cache, and their sums lose nothing in single precision.
+// Values at a time: twice read, they stay in the first-level cache, and their sums lose little in single precision.
 constexpr int64_t CHUNK = 2048;
 
 // Rows of `count` values each in `images` images, `stride` apart.

@@ -17,12 +17,10 @@ from torch.autograd.function import once_differentiable
 from san.ops.kernels.native import operators
 from san.ops.kernels.native.operators import address, single
 from san.ops.kernels.normalization.native import Folded, Gradients, Samples, fold, fold_backward
-from san.ops.kernels.pointwise.native import Affine, Linear, products
+from san.ops.kernels.pointwise.native import MAX_PRODUCTS, Affine, Linear, products
 from san.ops.normalization import BatchNorm
 
 __all__ = ["norm_products", "stem"]
-
-_MAX_PRODUCTS = 3
 
 # Reading a number from memory takes as long as so many multiply-adds.
 _PASS = 16
@@ -60,9 +58,10 @@ def _backward(
 ) -> _Made:
     """Back through products of one input; `wanted` says for every weight and bias whether its gradient is."""
     batch, channels, height, width = x.shape
-    tensors = [x for linear in linears for x in linear]
+    tensors = [each for linear in linears for each in linear]
     made: Any = [
-        torch.empty_like(x) if want and x is not None else None for x, want in zip(tensors, wanted, strict=True)
+        torch.empty_like(each) if want and each is not None else None
+        for each, want in zip(tensors, wanted, strict=True)
     ]
     taken = len(affine.scale)
     total = x.new_empty(taken, dtype=torch.float64)
@@ -73,11 +72,11 @@ def _backward(
     operators.call(
         "pointwise_backward",
         *(batch, taken, height, width, int(pooled), *(stem if is_stem else plain)),
-        *(*(linear.weight.shape[0] for linear in linears), *[0] * (_MAX_PRODUCTS - len(linears))),
-        *operators.addresses(*(linear.weight for linear in linears), room=_MAX_PRODUCTS),
-        *operators.addresses(*outer, room=_MAX_PRODUCTS),
-        *operators.addresses(*made[0::2], room=_MAX_PRODUCTS),
-        *operators.addresses(*made[1::2], room=_MAX_PRODUCTS),
+        *(*(linear.weight.shape[0] for linear in linears), *[0] * (MAX_PRODUCTS - len(linears))),
+        *operators.addresses(*(linear.weight for linear in linears), room=MAX_PRODUCTS),
+        *operators.addresses(*outer, room=MAX_PRODUCTS),
+        *operators.addresses(*made[0::2], room=MAX_PRODUCTS),
+        *operators.addresses(*made[1::2], room=MAX_PRODUCTS),
         *operators.addresses(gradient, total, product),
         work=2 * batch * height * width * taken * sum(linear.weight.shape[0] for linear in linears),
     )
@@ -135,8 +134,8 @@ class _NormProducts(torch.autograd.Function):
         made = _backward(x, linears, given, found.affine, **options)
         back = fold_backward(ctx.norm, found, made.product, made.total)
         of_x = None if made.input is None else _through_norm(made.input, x, found, back, passed)
-        parameters = [x for pair in zip(made.weights, made.biases, strict=True) for x in pair]
-        of_norm = [x if want else None for x, want in zip(back[:2], needed[5:7], strict=True)]
+        parameters = [each for pair in zip(made.weights, made.biases, strict=True) for each in pair]
+        of_norm = [each if want else None for each, want in zip(back[:2], needed[5:7], strict=True)]
         return of_x, given[0] if needed[1] else None, None, None, None, *of_norm, *parameters
 
 
@@ -154,7 +153,7 @@ def norm_products(
     x [B, C, H, W] is contiguous float32. `residual` is added to the first. With `passes` x comes back as last output:
     where it is used again, as a residual for instance, its gradient then joins this one's without a pass of its own.
     """
-    tensors = [x for linear in linears for x in linear]
+    tensors = [each for linear in linears for each in linear]
     return _NormProducts.apply(x, residual, norm, pooled, passes, norm.weight, norm.bias, *tensors)
 
 
