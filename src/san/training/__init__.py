@@ -21,7 +21,7 @@ def train(
     new_classifier: bool = False,
     out: str | None = None,
     resume: str | None = None,
-    epochs: int = 24,
+    epochs: int = 18,
     batch_size: int = 32,
     accumulate: int = 1,
     optimizer: str = "adamw",
@@ -93,7 +93,7 @@ def train(
         horizontal_flip: Probability of mirroring; by default what suits the data.
         color_jitter: Strength of random changes of brightness, contrast and saturation.
         rand_augment: timm's RandAugment, such as rand-m9-mstd0.5-inc1.
-        random_erasing: Probability that a random box is replaced by noise.
+        random_erasing: Probability that a random box is replaced by noise; by default what suits the data.
         validation_share: Part of the training images on which the best epoch is chosen.
         max_broken: Share of the images that may be unreadable before the run ends with an error.
         seed: Of initialisation, order, augmentation and the choice of validation images.
