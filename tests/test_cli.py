@@ -320,7 +320,9 @@ def predicting(checkpoint, photos):
     """`san predict` in a process of its own that has answered one line of its list and waits for the next."""
     words = [*SAN, "predict", checkpoint, "-", "--batch-size", "1"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(words, text=True, **pipes) as process:
+    # A shell that runs tests in the background lets them, and so this process, ignore interrupts.
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(words, text=True, preexec_fn=listens, **pipes) as process:
         process.stdin.write(f"{photos}/val/cat/0.png\n")
         process.stdin.flush()
         assert process.stdout.readline().startswith(photos)

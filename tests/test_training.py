@@ -28,6 +28,7 @@ from tiny_run import NETWORK, VARIED, assert_same_result, command, make_images, 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+DEFAULTS["learning_rate"] = 0.003  # what the network's name decides
 
 
 @pytest.fixture(scope="module")

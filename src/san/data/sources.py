@@ -130,7 +130,7 @@ def _suited_to(where: str, images: ImageSet) -> tuple[dict[str, Any], Augmentati
         ((width, height),) = sizes
         augmentation = Augmentation(scale=(0.6, 1.0))
         if modes <= {"1", "L"}:
-            augmentation = Augmentation(scale=(0.7, 1.0), horizontal_flip=0.0, random_erasing=0.25)
+            augmentation = Augmentation(scale=(0.7, 1.0), horizontal_flip=0.0)
         return {"input_size": (3, height, width), "crop_pct": 1.0, **common}, augmentation
     return {"input_size": (3, 224, 224), "crop_pct": 0.875, **common}, Augmentation()
 

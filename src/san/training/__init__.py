@@ -25,7 +25,7 @@ def train(
     batch_size: int = 32,
     accumulate: int = 1,
     optimizer: str = "adamw",
-    learning_rate: float = 3e-3,
+    learning_rate: float | None = None,
     momentum: float = 0.9,
     weight_decay: float = 0.05,
     decay_all: bool = True,
@@ -75,7 +75,7 @@ def train(
         batch_size: Images per step of the optimiser, over all processes and accumulated micro-batches.
         accumulate: Micro-batches per step, to fit large batches into little memory.
         optimizer: Name in timm, such as adamw, lamb or momentum, which is plain SGD with momentum.
-        learning_rate: At the height of the schedule, for the whole batch.
+        learning_rate: At the height of the schedule, for the whole batch; by default 0.005 for SAN4, 0.003 for others.
         momentum: For optimisers that have one.
         weight_decay: On every parameter, unless `decay_all` is off.
         decay_all: Also on biases and BatchNorm, as in the paper.
@@ -93,7 +93,7 @@ def train(
         horizontal_flip: Probability of mirroring; by default what suits the data.
         color_jitter: Strength of random changes of brightness, contrast and saturation.
         rand_augment: timm's RandAugment, such as rand-m9-mstd0.5-inc1.
-        random_erasing: Probability that a random box is replaced by noise; by default what suits the data.
+        random_erasing: Probability that a random box is replaced by noise.
         validation_share: Part of the training images on which the best epoch is chosen.
         max_broken: Share of the images that may be unreadable before the run ends with an error.
         seed: Of initialisation, order, augmentation and the choice of validation images.

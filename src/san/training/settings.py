@@ -59,6 +59,9 @@ def started(settings: SimpleNamespace) -> SimpleNamespace:
     for name in ("data", "checkpoint"):
         if given[name] is not None and Path(given[name]).exists():
             given[name] = str(Path(given[name]).absolute())
+    if given["learning_rate"] is None:
+        # Chosen by the validation images of the digits; larger networks were not tried with as much.
+        given["learning_rate"] = 5e-3 if given["model"].startswith("san4") else 3e-3
     given["precision"] = str(given["precision"])
     given["crop_scale"] = None if given["crop_scale"] is None else list(given["crop_scale"])
     given["out"] = str(given["out"] or _free_folder(f"{Path(given['data']).name}-{given['model']}"))
