@@ -8,6 +8,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Without a GPU, Triton's kernels run in its interpreter, on request only; read when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Processes that tests start may say so where SAN is installed without its C++ kernels; what they say is compared.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:attention runs on the portable backend")
 

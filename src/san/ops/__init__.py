@@ -18,10 +18,13 @@ from san.ops import tiled as _tiled  # noqa: F401 (registers the backend)
 from san.ops.dispatch import backends, use_backend
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation import native as _aggregation_native  # noqa: F401 (registers the backend)
+from san.ops.kernels.aggregation import triton as _aggregation_triton  # noqa: F401 (registers the backend)
 from san.ops.kernels.aggregation.reference import AggregationCall
 from san.ops.kernels.pairwise import native as _pairwise_native  # noqa: F401 (registers the backend)
+from san.ops.kernels.pairwise import triton as _pairwise_triton  # noqa: F401 (registers the backend)
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.kernels.patchwise import native as _patchwise_native  # noqa: F401 (registers the backend)
+from san.ops.kernels.patchwise import triton as _patchwise_triton  # noqa: F401 (registers the backend)
 from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.mapping import AnyMapping, Mapping, MappingLayer
 from san.ops.normalization import BatchNorm, without_autocast

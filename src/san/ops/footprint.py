@@ -64,6 +64,12 @@ class Footprint:
         """Kernel size, stride, dilation, and 1 for zeros or 0 for reflection: what kernels are told."""
         return [self.kernel_size, self.stride, self.dilation, int(self.border == "zeros")]
 
+    @classmethod
+    def from_numbers(cls, numbers: list[int]) -> Footprint:
+        """The reverse of `numbers`."""
+        size, stride, dilation, zeros = numbers
+        return cls(size, stride, dilation, "zeros" if zeros else "reflect")
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input map of `height` × `width`."""
         return (height + self.stride - 1) // self.stride, (width + self.stride - 1) // self.stride

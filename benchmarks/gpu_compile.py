@@ -1,0 +1,164 @@
+"""Compile every Triton kernel that SAN10 launches, without a GPU: registers, spills and shared memory of each.
+
+    python benchmarks/gpu_compile.py [--capability 80 90] [--dtype bfloat16] [--layers all|few] [--json results.json]
+
+The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
+noted instead of done; each kernel is then compiled for GPUs of the given compute capabilities with its constants and
+its number of warps. Exit code 1 if one spills registers or asks for more shared memory than a multiprocessor has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from san import ops
+from san.ops.cases import SAN10_LAYERS, Case
+from san.ops.kernels.aggregation import device as aggregation
+from san.ops.kernels.aggregation import triton as aggregation_host
+from san.ops.kernels.gpu import border
+from san.ops.kernels.pairwise import device as pairwise
+from san.ops.kernels.pairwise import triton as pairwise_host
+from san.ops.kernels.patchwise import device as patchwise
+from san.ops.kernels.patchwise import triton as patchwise_host
+
+RUN = {
+    "aggregation": aggregation_host.run,
+    "pairwise_attention": pairwise_host.run,
+    "patchwise_attention": patchwise_host.run,
+}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+SHOWN = ("R", "G", "GIVEN", "LAYERS", "ATTEND", "LANES", "KERNEL")
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
+
+
+class Launch:
+    """A kernel's launch, noted: arguments' kinds and constants."""
+
+    def __init__(self, owner: Any, name: str, noted: list[dict[str, Any]]) -> None:
+        self.kernel, self.owner, self.name, self.noted = getattr(owner, name), owner, name, noted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            kinds = [POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for x in arguments]
+            options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+            names = [name for name in self.kernel.arg_names if name not in constants]
+            found = {
+                "kernel": self.name,
+                "module": self.owner.__name__,
+                "kinds": dict(zip(names, kinds, strict=True)),
+                "constants": constants,
+                "options": options,
+            }
+            if found not in self.noted:
+                self.noted.append(found)
+
+        return launch
+
+
+@contextmanager
+def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
+    """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
+    replaced = []
+    for module in (aggregation, border, pairwise, patchwise):
+        for name in module.__all__:
+            kernel = getattr(module, name)
+            if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
+                setattr(module, name, Launch(module, name, noted))
+                replaced.append((module, name, kernel))
+    yield
+    for module, name, kernel in replaced:
+        setattr(module, name, kernel)
+
+
+def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Forward and backward of a case, with channels last."""
+    problem = case.build(dtype, channels_last=True)
+    call = ops.make_call(problem.operator, *problem.arguments, **problem.options)
+    RUN[problem.operator](call).float().sum().backward()
+
+
+def compiled(launch: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers of a thread, bytes spilled by it, and shared memory of a block, for one GPU."""
+    function = getattr(importlib.import_module(launch["module"]), launch["kernel"])
+    kinds, constants = launch["kinds"], launch["constants"]
+    signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i,): aligned for i, name in enumerate(function.arg_names) if kinds.get(name, "").startswith("*")}
+    source = ASTSource(function, signature, constants, attributes)
+    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+    usage = resources(found.asm["cubin"])
+    return {
+        "kernel": launch["kernel"],
+        "form": launch["module"].split(".")[-2],
+        "capability": capability,
+        **{
+            key: constants[key]
+            for key in ("R", "G", "GIVEN", "LAYERS", "ATTEND", "LANES", "KERNEL")
+            if key in constants
+        },
+        "warps": found.metadata.num_warps,
+        **usage,
+        "shared": found.metadata.shared,
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the compiled code asks for, as Triton's cuobjdump tells."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack}
+
+
+def main() -> None:
+    """Compile all and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED))
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layers", default="all", choices=["all", "few"])
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    noted: list[dict[str, Any]] = []
+    cases = [case for case in SAN10_LAYERS.values() if given.layers == "all" or case.name.endswith("stage1")]
+    with device_modules(noted):
+        for case, training in product(cases, (True, False)):
+            note_call(replace(case, training=training), getattr(torch, given.dtype))
+    jobs = [(launch, capability) for capability in given.capability for launch in noted]
+    with ProcessPoolExecutor() as pool:
+        rows = list(pool.map(compiled, *zip(*jobs, strict=True)))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(" | ".join(columns))
+    for row in rows:
+        print(" | ".join(str(row.get(column, "")) for column in columns))
+    if given.json:
+        given.json.write_text(
+            json.dumps({"dtype": given.dtype, "triton": triton.__version__, "kernels": rows}, indent=1)
+        )
+    bad = [row for row in rows if row["stack"] or row["shared"] > SHARED[row["capability"]]]
+    sys.exit(f"{len(bad)} of {len(rows)} kernels spill or ask for too much shared memory" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

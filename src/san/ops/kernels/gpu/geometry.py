@@ -1,0 +1,148 @@
+"""Triton functions that find, load and store the pixels of maps.
+
+A map [B, C, H, W] is dense, with channels last (LAST) or not; sizes of maps are arguments, so that a new size compiles
+nothing, and what a network fixes, channels and footprint, are constants. A program owns some pixels of a batch, lane by
+lane, and walks over the places of their footprints.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "load_channels",
+    "load_groups",
+    "lookers",
+    "place",
+    "product",
+    "reader",
+    "relu",
+    "source",
+    "store_channels",
+    "store_groups",
+]
+
+
+@triton.jit
+def _reflected(index, size, ONCE: tl.constexpr):
+    """Fold an index into [0, size) by a triangle wave of period 2(size − 1); ONCE: one reflection is enough."""
+    if ONCE:
+        index = tl.abs(index)
+        return tl.minimum(index, 2 * (size - 1) - index)
+    period = tl.maximum(2 * (size - 1), 1)
+    index = index % period
+    index = tl.where(index < 0, index + period, index)
+    return tl.minimum(index, period - index)
+
+
+@triton.jit
+def source(y, x, height, width, ZEROS: tl.constexpr, ONCE: tl.constexpr):
+    """The pixel that (y, x), possibly outside the map, stands for, and whether there is one."""
+    if ZEROS:
+        return y * width + x, (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = _reflected(y, height, ONCE) * width + _reflected(x, width, ONCE)
+    return pixel, pixel >= 0
+
+
+@triton.jit
+def place(row, column, number, height, width, KERNEL, DILATION, ZEROS: tl.constexpr, ONCE: tl.constexpr):
+    """The pixel at a place of the footprint around pixel (row, column), and whether there is one."""
+    y = row + (number // KERNEL - KERNEL // 2) * DILATION
+    x = column + (number % KERNEL - KERNEL // 2) * DILATION
+    return source(y, x, height, width, ZEROS, ONCE)
+
+
+@triton.jit
+def reader(y, x, number, rows, columns, KERNEL, STRIDE, DILATION):
+    """The output pixel whose footprint has (y, x) at a place, and whether there is one.
+
+    Coordinates count from where the first footprint begins, KERNEL // 2 · DILATION before the map.
+    """
+    y = y - number // KERNEL * DILATION
+    x = x - number % KERNEL * DILATION
+    row, column = y // STRIDE, x // STRIDE
+    met = (y >= 0) & (x >= 0) & (row < rows) & (column < columns)
+    return row, column, met & (y % STRIDE == 0) & (x % STRIDE == 0)
+
+
+@triton.jit
+def lookers(total, rows, columns, LANES: tl.constexpr):
+    """This program's pixels: their numbers in the batch, whether they exist, images, and pixels in their images."""
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    return lane, lane < total, lane // (rows * columns), (lane % (rows * columns)).to(tl.int32)
+
+
+@triton.jit
+def _channel_pointers(map, image, pixel, channel, size, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    start = map + image.to(tl.int64)[:, None] * (size * CHANNELS)
+    if LAST:
+        return start + (pixel[:, None] * CHANNELS + channel[None, :])
+    return start + (pixel[:, None] + channel[None, :] * size)
+
+
+@triton.jit
+def load_channels(map, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """[lanes, channels] of a map of `size` pixels, in float32; zeros where the mask is off or there is no channel."""
+    pointers = _channel_pointers(map, image, pixel, channel, size, CHANNELS, LAST)
+    present = ((channel >= 0) & (channel < CHANNELS))[None, :]
+    return tl.load(pointers, mask=mask[:, None] & present, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_channels(map, x, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """Store [lanes, channels] to a map of `size` pixels, in its dtype."""
+    pointers = _channel_pointers(map, image, pixel, channel, size, CHANNELS, LAST)
+    present = ((channel >= 0) & (channel < CHANNELS))[None, :]
+    tl.store(pointers, x.to(map.dtype.element_ty), mask=mask[:, None] & present)
+
+
+@triton.jit
+def _group_pointers(map, image, pixel, member, group, size, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """Of value channels c = member · GROUPS + group: [lanes, members, groups]."""
+    channel = member[:, None] * GROUPS + group[None, :]
+    start = map + image.to(tl.int64)[:, None, None] * (size * GROUPS * SHARE)
+    if LAST:
+        return start + (pixel[:, None, None] * (GROUPS * SHARE) + channel[None, :, :])
+    return start + (pixel[:, None, None] + channel[None, :, :] * size)
+
+
+@triton.jit
+def load_groups(map, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """[lanes, members, groups] of a value map, whose SHARE channels with one weight are a group's members."""
+    pointers = _group_pointers(map, image, pixel, member, group, size, GROUPS, SHARE, LAST)
+    present = (member < SHARE)[None, :, None] & (group < GROUPS)[None, None, :]
+    return tl.load(pointers, mask=mask[:, None, None] & present, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_groups(map, x, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """Store [lanes, members, groups] to a value map, in its dtype."""
+    pointers = _group_pointers(map, image, pixel, member, group, size, GROUPS, SHARE, LAST)
+    present = (member < SHARE)[None, :, None] & (group < GROUPS)[None, None, :]
+    tl.store(pointers, x.to(map.dtype.element_ty), mask=mask[:, None, None] & present)
+
+
+@triton.jit
+def relu(x):
+    """max(x, 0), which keeps NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def product(a, b, MODE: tl.constexpr):
+    """a @ b in float32. MODE is the operands' precision: "ieee", "tf32", "bf16", "fp16", or one of the latter two with
+    an "~" before it where Triton's interpreter, whose products of half precision are wrong, must round and then widen.
+    """
+    # Not returned from within: Triton would compile what follows a return as well.
+    if MODE == "bf16":
+        c = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif MODE == "fp16":
+        c = tl.dot(a.to(tl.float16), b.to(tl.float16))
+    elif MODE == "~bf16":
+        c = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), input_precision="ieee")
+    elif MODE == "~fp16":
+        c = tl.dot(a.to(tl.float16).to(tl.float32), b.to(tl.float16).to(tl.float32), input_precision="ieee")
+    else:
+        c = tl.dot(a, b, input_precision=MODE)
+    return c

@@ -1,0 +1,859 @@
+"""Pairwise attention as Triton kernels: forward, moments for BatchNorm, and the two halves of backward.
+
+A program owns some pixels, its lanes, and walks over the K places of their footprints; nothing per pair is written to
+memory. Forward keeps a running softmax. Backward recomputes the pairs twice: once from the pixels that look (gradients
+of query and γ), once from those that are looked at (gradients of key and value), so that every sum has one owner, taken
+in a fixed order without atomics. Sums over all pixels are written a program each and added afterwards.
+
+γ is a chain of LAYERS layers z_l = W_l · relu(scale_l · z_{l−1} + shift_l) + b_l with z_0 = δ; without NORM, the first
+is z_1 = W_1 · δ + b_1. δ has three parts, because products like widths that are powers of two:
+- pairs, R channels of subtraction, summation, hadamard, or the key's of concatenation;
+- looks, the R channels of concatenation that only the looking pixel decides;
+- extras, up to EXTRAS channels: dot, and position behind all others.
+Legend: R relation width, D δ's width, C value channels, G weight groups, K places, O_l what layer l gives.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from san.ops.kernels.gpu.geometry import (
+    load_channels,
+    load_groups,
+    lookers,
+    place,
+    product,
+    reader,
+    relu,
+    source,
+    store_groups,
+)
+
+__all__ = ["EXTRAS", "attend", "attend_backward_key", "attend_backward_query", "observe"]
+
+# Columns of the tile of extras: the least that a product takes.
+EXTRAS = 16
+_EXTRAS = tl.constexpr(EXTRAS)
+
+_SIZES = ["total", "height", "width", "rows", "columns", "tall", "wide", "origin"]
+
+
+@triton.jit
+def _pairs(query, key, RELATION: tl.constexpr):
+    """The part of δ that is as wide as the key: [lanes, R]."""
+    if RELATION == "subtraction":
+        return query - key
+    if RELATION == "summation":
+        return query + key
+    if RELATION == "hadamard":
+        return query * key
+    return key
+
+
+@triton.jit
+def _extras(query, key, looking, seen, RELATION: tl.constexpr, POSITION: tl.constexpr):
+    """dot and position: [lanes, EXTRAS], from positions of both pixels that already lie in their columns."""
+    extras = tl.zeros(looking.shape, tl.float32)
+    if RELATION == "dot":
+        first = tl.arange(0, _EXTRAS)[None, :] == 0
+        extras += tl.where(first, tl.sum(query * key, 1)[:, None], 0.0)
+    if POSITION == "relative":
+        extras += looking - seen
+    if POSITION == "absolute":
+        extras += looking + seen
+    return extras
+
+
+@triton.jit
+def _load_position(position, pixel, size, mask, FIRST: tl.constexpr, POSITION: tl.constexpr, LANES: tl.constexpr):
+    """Position [2, size] of some pixels in columns FIRST and FIRST + 1: [lanes, EXTRAS]."""
+    if POSITION == "none":
+        return tl.zeros([LANES, _EXTRAS], tl.float32)
+    return load_channels(position, pixel * 0, pixel, tl.arange(0, _EXTRAS) - FIRST, size, mask, 2, False)
+
+
+@triton.jit
+def _load_vector(vector, first, column, WIDTH: tl.constexpr):
+    """[columns] from `first` on; 0 beyond WIDTH."""
+    return tl.load(vector + first + column, mask=column < WIDTH, other=0.0)
+
+
+@triton.jit
+def _load_weight(weight, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Columns [first, first + WIDTH) of a Linear's weight [ROWS, COLUMNS], transposed: [columns, rows]."""
+    present = (column < WIDTH)[:, None] & (row < ROWS)[None, :]
+    return tl.load(weight + row[None, :] * COLUMNS + first + column[:, None], mask=present, other=0.0)
+
+
+@triton.jit
+def _store_weight(to, x, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The reverse of `_load_weight`."""
+    present = (column < WIDTH)[:, None] & (row < ROWS)[None, :]
+    tl.store(to + row[None, :] * COLUMNS + first + column[:, None], x, mask=present)
+
+
+@triton.jit
+def _activated(x, scale, shift, NORM: tl.constexpr):
+    if NORM:
+        return relu(x * scale[None, :] + shift[None, :])
+    return x
+
+
+@triton.jit
+def _passed(gradient, x, scale, shift, NORM: tl.constexpr):
+    """Gradient at scale · x + shift, from that behind its ReLU."""
+    if NORM:
+        return tl.where(x * scale[None, :] + shift[None, :] <= 0, 0.0, gradient)
+    return gradient
+
+
+@triton.jit
+def _scaled(gradient, scale, NORM: tl.constexpr):
+    """Gradient at x from that at scale · x + shift."""
+    if NORM:
+        return gradient * scale[None, :]
+    return gradient
+
+
+@triton.jit
+def _observed(mean, deviation, x, number):
+    """Welford's step for sample `number` (from 1) of every lane."""
+    distance = x - mean
+    mean += distance / number
+    return mean, deviation + distance * (x - mean)
+
+
+@triton.jit
+def _store_moments(to, mean, deviation, mask, first, column, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr):
+    """Moments of all lanes' samples, K each, to columns [first, first + WIDTH) of [2, D]."""
+    valid = mask[:, None]
+    count = tl.maximum(tl.sum(mask.to(tl.float32), 0), 1.0)
+    centre = tl.sum(tl.where(valid, mean, 0.0), 0) / count
+    distance = mean - centre[None, :]
+    total = tl.sum(tl.where(valid, deviation + K * distance * distance, 0.0), 0)
+    present = column < WIDTH
+    tl.store(to + first + column, centre, mask=present)
+    tl.store(to + D + first + column, total, mask=present)
+
+
+@triton.constexpr_function
+def pairs_at(RELATION, R):
+    """The first column of δ that pairs fill."""
+    return R if RELATION == "concatenation" else 0
+
+
+@triton.constexpr_function
+def extras_at(RELATION, R):
+    """The first column of δ that extras fill."""
+    return {"dot": 0, "concatenation": 2 * R}.get(RELATION, R)
+
+
+@triton.constexpr_function
+def extras_of(RELATION, POSITION):
+    """How many extras there are."""
+    return (RELATION == "dot") + {"none": 0, "relative": 2, "absolute": 4}[POSITION]
+
+
+@triton.constexpr_function
+def relation_width(RELATION, POSITION, R):
+    """D, the width of δ."""
+    own = {"dot": 1, "concatenation": 2 * R}.get(RELATION, R)
+    return own + {"none": 0, "relative": 2, "absolute": 4}[POSITION]
+
+
+@triton.constexpr_function
+def layer_at(layer, D, O1, O2):
+    """Where layer 1, 2, 3 begins in γ's packed parameters: scale and shift, then weight and bias of each in turn."""
+    taken, given = (D, O1, O2), (O1, O2)
+    return sum(2 * taken[n] + given[n] * (taken[n] + 1) for n in range(layer - 1))
+
+
+@triton.constexpr_function
+def slopes_at(layer, D, O1):
+    """Where slope and intercept of layer 1, 2, 3 begin among those of all layers."""
+    return sum(2 * width for width in (D, O1)[: layer - 1])
+
+
+@triton.jit
+def _behind(z1, gamma, column1, column2, column3, LAYERS: tl.constexpr, D, O1, O2, O3, MODE: tl.constexpr):
+    """What γ's second and third layers give, where there are such; else what comes in."""
+    z2 = z1
+    if LAYERS > 1:
+        at: tl.constexpr = layer_at(2, D, O1, O2)
+        scale, shift = _load_vector(gamma, at, column1, O1), _load_vector(gamma, at + O1, column1, O1)
+        weight = _load_weight(gamma + at + 2 * O1, 0, column1, column2, O1, O1, O2)
+        bias = _load_vector(gamma, at + 2 * O1 + O1 * O2, column2, O2)
+        z2 = product(_activated(z1, scale, shift, True), weight, MODE) + bias[None, :]
+    z3 = z2
+    if LAYERS > 2:
+        at3: tl.constexpr = layer_at(3, D, O1, O2)
+        scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
+        weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
+        bias3 = _load_vector(gamma, at3 + 2 * O2 + O2 * O3, column3, O3)
+        z3 = product(_activated(z2, scale3, shift3, True), weight3, MODE) + bias3[None, :]
+    return z2, z3
+
+
+@triton.jit
+def _first(
+    pairs,
+    extras,
+    start,
+    scale,
+    shift,
+    weight,
+    extra_scale,
+    extra_shift,
+    extra_weight,
+    HAS_PAIRS: tl.constexpr,
+    HAS_EXTRAS: tl.constexpr,
+    NORM: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """z_1, from the part `start` that the looking pixel decides."""
+    z = start
+    if HAS_PAIRS:
+        z += product(_activated(pairs, scale, shift, NORM), weight, MODE)
+    if HAS_EXTRAS:
+        z += product(_activated(extras, extra_scale, extra_shift, NORM), extra_weight, MODE)
+    return z
+
+
+@triton.jit
+def _looks(query, gamma, column, column1, R, D, O1, NORM: tl.constexpr, MODE: tl.constexpr):
+    """What the channels of concatenation that the looking pixel decides give to z_1."""
+    scale, shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
+    weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
+    return product(_activated(query, scale, shift, NORM), weight, MODE)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend(
+    query,
+    key,
+    value,
+    position,
+    gamma,
+    output,
+    normalizer,
+    total,
+    height,
+    width,
+    rows,
+    columns,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
+    R: tl.constexpr,
+    SHARE: tl.constexpr,
+    G: tl.constexpr,
+    O1: tl.constexpr,
+    O2: tl.constexpr,
+    O3: tl.constexpr,
+    LAYERS: tl.constexpr,
+    NORM: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ONCE: tl.constexpr,
+    LAST: tl.constexpr,
+    MODE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_3: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """y, and the normaliser log Σ exp of every pixel's and group's scores [B · P, G]."""
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    HAS_PAIRS: tl.constexpr = RELATION != "dot"
+    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
+    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
+    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
+    column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
+    member = tl.arange(0, BLOCK_S)
+    lane, mask, image, out = lookers(total, rows, columns, LANES)
+    row, col = out // columns * STRIDE, out % columns * STRIDE
+    size, centre = height * width, row * width + col
+    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
+    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+    start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+    if RELATION == "concatenation":
+        start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+    top = tl.full([LANES, BLOCK_3], float("-inf"), tl.float32)
+    sum = tl.zeros([LANES, BLOCK_3], tl.float32)
+    y = tl.zeros([LANES, BLOCK_S, BLOCK_3], tl.float32)
+    for number in range(KERNEL * KERNEL):
+        pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
+        inside = inside & mask
+        k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+        seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+        z = _first(
+            _pairs(q, k, RELATION),
+            _extras(q, k, looking, seen, RELATION, POSITION),
+            start,
+            scale,
+            shift,
+            weight,
+            extra_scale,
+            extra_shift,
+            extra_weight,
+            HAS_PAIRS,
+            HAS_EXTRAS,
+            NORM,
+            MODE,
+        )
+        scores = _behind(z, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)[1]
+        higher = tl.maximum(top, scores, propagate_nan=tl.PropagateNan.ALL)
+        old, new = tl.exp(top - higher), tl.exp(scores - higher)
+        top, sum = higher, sum * old + new
+        v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
+        y = y * old[:, None, :] + v * new[:, None, :]
+    y = y / sum[:, None, :]
+    store_groups(output, y, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
+    present = mask[:, None] & (column3 < G)[None, :]
+    tl.store(normalizer + lane[:, None] * G + column3[None, :], top + tl.log(sum), mask=present)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def observe(
+    query,
+    key,
+    position,
+    gamma,
+    moments,
+    total,
+    height,
+    width,
+    rows,
+    columns,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
+    R: tl.constexpr,
+    O1: tl.constexpr,
+    O2: tl.constexpr,
+    LAYERS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ONCE: tl.constexpr,
+    LAST: tl.constexpr,
+    MODE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+):
+    """Mean and squared deviations of z_LAYERS over this program's pairs: [programs, 2, D or O_LAYERS]."""
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    K: tl.constexpr = KERNEL * KERNEL
+    HAS_PAIRS: tl.constexpr = RELATION != "dot"
+    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
+    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
+    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
+    column1, column2 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2)
+    _, mask, image, out = lookers(total, rows, columns, LANES)
+    row, col = out // columns * STRIDE, out % columns * STRIDE
+    size, centre = height * width, row * width + col
+    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+    moments += tl.program_id(0).to(tl.int64) * 2 * (D if LAYERS == 0 else O1 if LAYERS == 1 else O2)
+    if LAYERS == 0:
+        mean, deviation = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
+        extra_mean, extra_deviation = tl.zeros([LANES, _EXTRAS], tl.float32), tl.zeros([LANES, _EXTRAS], tl.float32)
+        for number in range(K):
+            pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
+            k = load_channels(key, image, pixel, column, size, inside & mask, R, LAST)
+            seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
+            if HAS_PAIRS:
+                mean, deviation = _observed(mean, deviation, _pairs(q, k, RELATION), number + 1.0)
+            if HAS_EXTRAS:
+                extras = _extras(q, k, looking, seen, RELATION, POSITION)
+                extra_mean, extra_deviation = _observed(extra_mean, extra_deviation, extras, number + 1.0)
+        if HAS_PAIRS:
+            _store_moments(moments, mean, deviation, mask, PAIRS, column, D, R, K)
+        if HAS_EXTRAS:
+            _store_moments(moments, extra_mean, extra_deviation, mask, EXTRA, extra, D, EXTRA_WIDTH, K)
+        if RELATION == "concatenation":
+            _store_moments(moments, q, q * 0.0, mask, 0, column, D, R, K)
+    else:
+        scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+        weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+        extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
+        extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+        extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+        start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+        if RELATION == "concatenation":
+            start += _looks(q, gamma, column, column1, R, D, O1, True, MODE)
+        mean, deviation = tl.zeros([LANES, BLOCK_2], tl.float32), tl.zeros([LANES, BLOCK_2], tl.float32)
+        for number in range(K):
+            pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
+            k = load_channels(key, image, pixel, column, size, inside & mask, R, LAST)
+            seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
+            z = _first(
+                _pairs(q, k, RELATION),
+                _extras(q, k, looking, seen, RELATION, POSITION),
+                start,
+                scale,
+                shift,
+                weight,
+                extra_scale,
+                extra_shift,
+                extra_weight,
+                HAS_PAIRS,
+                HAS_EXTRAS,
+                True,
+                MODE,
+            )
+            z = _behind(z, gamma, column1, column2, column2, LAYERS, D, O1, O2, O2, MODE)[0]
+            mean, deviation = _observed(mean, deviation, z, number + 1.0)
+        WIDTH: tl.constexpr = O1 if LAYERS == 1 else O2
+        _store_moments(moments, mean, deviation, mask, 0, column2, WIDTH, WIDTH, K)
+
+
+@triton.jit
+def _rows(x, column, LANES: tl.constexpr, BLOCK: tl.constexpr):
+    """One column of a tile: [lanes]."""
+    picked = tl.arange(0, BLOCK)[None, :] == column
+    return tl.sum(tl.where(picked, x, 0.0), 1)
+
+
+@triton.jit
+def _back_to_first(
+    gradient, z1, z2, z3, gamma, slopes, valid, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
+):
+    """Gradient of γ's last output → those of z_1, z_2, z_3, with what BatchNorm's statistics give if SLOPES.
+
+    Those of layers that there are not are what comes in.
+    """
+    of3, of2 = gradient, gradient
+    if LAYERS > 2:
+        at3: tl.constexpr = layer_at(3, D, O1, O2)
+        scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
+        weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
+        passed = _passed(product(of3, tl.trans(weight3), MODE), z2, scale3, shift3, True)
+        of2 = _scaled(passed, scale3, True)
+        if SLOPES:
+            where3: tl.constexpr = slopes_at(3, D, O1)
+            of2 += _statistics(z2, slopes, where3, column2, valid, O2)
+    of1 = of2
+    if LAYERS > 1:
+        at2: tl.constexpr = layer_at(2, D, O1, O2)
+        scale2, shift2 = _load_vector(gamma, at2, column1, O1), _load_vector(gamma, at2 + O1, column1, O1)
+        weight2 = _load_weight(gamma + at2 + 2 * O1, 0, column1, column2, O1, O1, O2)
+        passed2 = _passed(product(of2, tl.trans(weight2), MODE), z1, scale2, shift2, True)
+        of1 = _scaled(passed2, scale2, True)
+        if SLOPES:
+            where2: tl.constexpr = slopes_at(2, D, O1)
+            of1 += _statistics(z1, slopes, where2, column1, valid, O1)
+    return of1, of2, of3
+
+
+@triton.jit
+def _statistics(x, slopes, first, column, valid, WIDTH: tl.constexpr):
+    """slope · x + intercept: the gradient that reaches a sample through BatchNorm's statistics."""
+    slope, intercept = _load_vector(slopes, first, column, WIDTH), _load_vector(slopes, first + WIDTH, column, WIDTH)
+    return tl.where(valid[:, None], x * slope[None, :] + intercept[None, :], 0.0)
+
+
+@triton.jit
+def _add(to, x, mask, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        x += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend_backward_query(
+    query,
+    key,
+    value,
+    position,
+    gamma,
+    slopes,
+    output,
+    gradient,
+    normalizer,
+    delta,
+    query_gradient,
+    position_gradient,
+    sums,
+    total,
+    height,
+    width,
+    rows,
+    columns,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
+    R: tl.constexpr,
+    SHARE: tl.constexpr,
+    G: tl.constexpr,
+    O1: tl.constexpr,
+    O2: tl.constexpr,
+    O3: tl.constexpr,
+    LAYERS: tl.constexpr,
+    NORM: tl.constexpr,
+    ATTEND: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ONCE: tl.constexpr,
+    LAST: tl.constexpr,
+    MODE: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_3: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Gradients that the looking pixels own: of query [B · P, R], position [B · P, 2], and γ's packed parameters as
+    `sums` [programs, SIZE].
+
+    With ATTEND from that of y; writes Σ y · dy of every group to `delta`. Without, from slope · z_LAYERS + intercept,
+    which reaches what a BatchNorm takes its statistics from, and is added to the gradients of query and position.
+    """
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    HAS_PAIRS: tl.constexpr = RELATION != "dot"
+    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
+    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
+    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
+    column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
+    member = tl.arange(0, BLOCK_S)
+    lane, mask, image, out = lookers(total, rows, columns, LANES)
+    row, col = out // columns * STRIDE, out % columns * STRIDE
+    size, centre = height * width, row * width + col
+    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
+    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+    if LAYERS > 0:
+        weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+        extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+        start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+        if RELATION == "concatenation":
+            start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+        weight_sum = tl.zeros([BLOCK_R, BLOCK_1], tl.float32)
+        extra_weight_sum = tl.zeros([_EXTRAS, BLOCK_1], tl.float32)
+        sum1 = tl.zeros([LANES, BLOCK_1], tl.float32)
+    if LAYERS > 1:
+        at2: tl.constexpr = layer_at(2, D, O1, O2)
+        scale2, shift2 = _load_vector(gamma, at2, column1, O1), _load_vector(gamma, at2 + O1, column1, O1)
+        weight2 = _load_weight(gamma + at2 + 2 * O1, 0, column1, column2, O1, O1, O2)
+        weight_sum2 = tl.zeros([BLOCK_1, BLOCK_2], tl.float32)
+        sum2 = tl.zeros([LANES, BLOCK_2], tl.float32)
+        scale_sum2, shift_sum2 = tl.zeros([LANES, BLOCK_1], tl.float32), tl.zeros([LANES, BLOCK_1], tl.float32)
+    if LAYERS > 2:
+        at3: tl.constexpr = layer_at(3, D, O1, O2)
+        scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
+        weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
+        weight_sum3 = tl.zeros([BLOCK_2, BLOCK_3], tl.float32)
+        sum3 = tl.zeros([LANES, BLOCK_3], tl.float32)
+        scale_sum3, shift_sum3 = tl.zeros([LANES, BLOCK_2], tl.float32), tl.zeros([LANES, BLOCK_2], tl.float32)
+    if ATTEND:
+        groups = mask[:, None] & (column3 < G)[None, :]
+        top = tl.load(normalizer + lane[:, None] * G + column3[None, :], mask=groups, other=float("inf"))
+        dy = load_groups(gradient, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
+        y = load_groups(output, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
+        shared = tl.sum(y * dy, 1)
+        tl.store(delta + lane[:, None] * G + column3[None, :], shared, mask=groups)
+    # Σ of gradients at scale · pairs + shift, and of them times pairs, or the key where that gives both.
+    shift_sum, scale_sum = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
+    extra_shift_sum, extra_scale_sum = tl.zeros([LANES, _EXTRAS], tl.float32), tl.zeros([LANES, _EXTRAS], tl.float32)
+    for number in range(KERNEL * KERNEL):
+        pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
+        inside = inside & mask
+        k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+        seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+        pairs = _pairs(q, k, RELATION)
+        extras = _extras(q, k, looking, seen, RELATION, POSITION)
+        if LAYERS == 0:
+            if HAS_PAIRS:
+                slope = _load_vector(slopes, PAIRS, column, R)
+                intercept = _load_vector(slopes, D + PAIRS, column, R)
+                of_pairs = tl.where(mask[:, None], pairs * slope[None, :] + intercept[None, :], 0.0)
+            if HAS_EXTRAS:
+                extra_slope = _load_vector(slopes, EXTRA, extra, EXTRA_WIDTH)
+                extra_intercept = _load_vector(slopes, D + EXTRA, extra, EXTRA_WIDTH)
+                of_extras = extras * extra_slope[None, :] + extra_intercept[None, :]
+                of_extras = tl.where(mask[:, None], of_extras, 0.0)
+        else:
+            z1 = _first(
+                pairs,
+                extras,
+                start,
+                scale,
+                shift,
+                weight,
+                extra_scale,
+                extra_shift,
+                extra_weight,
+                HAS_PAIRS,
+                HAS_EXTRAS,
+                NORM,
+                MODE,
+            )
+            z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
+            if ATTEND:
+                v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
+                of_last = tl.exp(z3 - top) * (tl.sum(v * dy, 1) - shared)
+            else:
+                of_last = _statistics(z3, slopes, 0, column3, mask, O3)
+            of1, of2, of3 = _back_to_first(
+                of_last, z1, z2, z3, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
+            )
+            if LAYERS > 2:
+                sum3 += of3
+                weight_sum3 += product(tl.trans(_activated(z2, scale3, shift3, True)), of3, MODE)
+                passed3 = _passed(product(of3, tl.trans(weight3), MODE), z2, scale3, shift3, True)
+                shift_sum3 += passed3
+                scale_sum3 += passed3 * z2
+            if LAYERS > 1:
+                sum2 += of2
+                weight_sum2 += product(tl.trans(_activated(z1, scale2, shift2, True)), of2, MODE)
+                passed2 = _passed(product(of2, tl.trans(weight2), MODE), z1, scale2, shift2, True)
+                shift_sum2 += passed2
+                scale_sum2 += passed2 * z1
+            sum1 += of1
+            if HAS_PAIRS:
+                weight_sum += product(tl.trans(_activated(pairs, scale, shift, NORM)), of1, MODE)
+                of_pairs = _passed(product(of1, tl.trans(weight), MODE), pairs, scale, shift, NORM)
+            if HAS_EXTRAS:
+                active = _activated(extras, extra_scale, extra_shift, NORM)
+                extra_weight_sum += product(tl.trans(active), of1, MODE)
+                of_extras = product(of1, tl.trans(extra_weight), MODE)
+                of_extras = _passed(of_extras, extras, extra_scale, extra_shift, NORM)
+        if HAS_PAIRS:
+            shift_sum += of_pairs
+            scale_sum += of_pairs * (k if RELATION == "hadamard" else pairs)
+        if HAS_EXTRAS:
+            extra_shift_sum += of_extras
+            extra_scale_sum += of_extras * extras
+            if RELATION == "dot":
+                scale_sum += _rows(of_extras, 0, LANES, _EXTRAS)[:, None] * k
+    SCALED: tl.constexpr = NORM and LAYERS > 0
+    of_query = _scaled(shift_sum, scale, SCALED)
+    if RELATION == "hadamard":
+        of_query = _scaled(scale_sum, scale, SCALED)
+        scale_sum = scale_sum * q
+    if RELATION == "dot":
+        first_scale = tl.sum(tl.where(extra == 0, extra_scale, 0.0), 0)
+        of_query = scale_sum * (first_scale if SCALED else 1.0)
+    if RELATION == "concatenation":
+        if LAYERS == 0:
+            slope, intercept = _load_vector(slopes, 0, column, R), _load_vector(slopes, D, column, R)
+            of_query = tl.where(mask[:, None], (q * slope[None, :] + intercept[None, :]) * (KERNEL * KERNEL), 0.0)
+        else:
+            own_scale, own_shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
+            own_weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
+            own_sum = product(tl.trans(_activated(q, own_scale, own_shift, NORM)), sum1, MODE)
+            passed = _passed(product(sum1, tl.trans(own_weight), MODE), q, own_scale, own_shift, NORM)
+            of_query = _scaled(passed, own_scale, NORM)
+    present = mask[:, None] & (column < R)[None, :]
+    _add(query_gradient + lane[:, None] * R + column[None, :], of_query, present, not ATTEND)
+    if POSITION != "none":
+        of_position = _scaled(extra_shift_sum, extra_scale, SCALED)
+        axis = extra - FIRST
+        present = mask[:, None] & ((axis >= 0) & (axis < 2))[None, :]
+        _add(position_gradient + lane[:, None] * 2 + axis[None, :], of_position, present, not ATTEND)
+    if LAYERS > 0:
+        sums += tl.program_id(0).to(tl.int64) * SIZE
+        if HAS_PAIRS:
+            tl.store(sums + PAIRS + column, tl.sum(scale_sum, 0), mask=column < R)
+            tl.store(sums + D + PAIRS + column, tl.sum(shift_sum, 0), mask=column < R)
+            _store_weight(sums + 2 * D, weight_sum, PAIRS, column, column1, D, R, O1)
+        if HAS_EXTRAS:
+            tl.store(sums + EXTRA + extra, tl.sum(extra_scale_sum, 0), mask=extra < EXTRA_WIDTH)
+            tl.store(sums + D + EXTRA + extra, tl.sum(extra_shift_sum, 0), mask=extra < EXTRA_WIDTH)
+            _store_weight(sums + 2 * D, extra_weight_sum, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+        if RELATION == "concatenation":
+            tl.store(sums + column, tl.sum(passed * q, 0), mask=column < R)
+            tl.store(sums + D + column, tl.sum(passed, 0), mask=column < R)
+            _store_weight(sums + 2 * D, own_sum, 0, column, column1, D, R, O1)
+        tl.store(sums + 2 * D + O1 * D + column1, tl.sum(sum1, 0), mask=column1 < O1)
+    if LAYERS > 1:
+        tl.store(sums + at2 + column1, tl.sum(scale_sum2, 0), mask=column1 < O1)
+        tl.store(sums + at2 + O1 + column1, tl.sum(shift_sum2, 0), mask=column1 < O1)
+        _store_weight(sums + at2 + 2 * O1, weight_sum2, 0, column1, column2, O1, O1, O2)
+        tl.store(sums + at2 + 2 * O1 + O1 * O2 + column2, tl.sum(sum2, 0), mask=column2 < O2)
+    if LAYERS > 2:
+        tl.store(sums + at3 + column2, tl.sum(scale_sum3, 0), mask=column2 < O2)
+        tl.store(sums + at3 + O2 + column2, tl.sum(shift_sum3, 0), mask=column2 < O2)
+        _store_weight(sums + at3 + 2 * O2, weight_sum3, 0, column2, column3, O2, O2, O3)
+        tl.store(sums + at3 + 2 * O2 + O2 * O3 + column3, tl.sum(sum3, 0), mask=column3 < O3)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend_backward_key(
+    query,
+    key,
+    value,
+    position,
+    gamma,
+    slopes,
+    gradient,
+    normalizer,
+    delta,
+    key_gradient,
+    value_gradient,
+    position_gradient,
+    total,
+    height,
+    width,
+    rows,
+    columns,
+    tall,
+    wide,
+    origin,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
+    R: tl.constexpr,
+    SHARE: tl.constexpr,
+    G: tl.constexpr,
+    O1: tl.constexpr,
+    O2: tl.constexpr,
+    O3: tl.constexpr,
+    LAYERS: tl.constexpr,
+    NORM: tl.constexpr,
+    SLOPES: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ONCE: tl.constexpr,
+    LAST: tl.constexpr,
+    MODE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_3: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Gradients that the pixels which are looked at own: of key, value and position, [B · tall · wide, channels] each.
+
+    Lanes are the places of the bordered map, or with ZEROS those of the map, `origin` beyond the bordered map's corner.
+    With SLOPES every BatchNorm's slope · x + intercept is part of them.
+    """
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    HAS_PAIRS: tl.constexpr = RELATION != "dot"
+    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
+    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
+    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    PADDING: tl.constexpr = KERNEL // 2 * DILATION
+    column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
+    column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
+    member = tl.arange(0, BLOCK_S)
+    size = height * width
+    lane, mask, image, own = lookers(total, tall, wide, LANES)
+    y, x = own // wide + origin, own % wide + origin
+    pixel, inside = source(y - PADDING, x - PADDING, height, width, ZEROS, ONCE)
+    inside = inside & mask
+    k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+    seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+    v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
+    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
+    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+    bias = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+    of_key = tl.zeros([LANES, BLOCK_R], tl.float32)
+    of_value = tl.zeros([LANES, BLOCK_S, BLOCK_3], tl.float32)
+    of_seen = tl.zeros([LANES, _EXTRAS], tl.float32)
+    for number in range(KERNEL * KERNEL):
+        row, col, met = reader(y, x, number, rows, columns, KERNEL, STRIDE, DILATION)
+        met = met & mask
+        centre, out = row * STRIDE * width + col * STRIDE, row * columns + col
+        q = load_channels(query, image, centre, column, size, met, R, LAST)
+        looking = _load_position(position, centre, size, met, FIRST, POSITION, LANES)
+        start = bias
+        if RELATION == "concatenation":
+            start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+        pairs = _pairs(q, k, RELATION)
+        extras = _extras(q, k, looking, seen, RELATION, POSITION)
+        z1 = _first(
+            pairs,
+            extras,
+            start,
+            scale,
+            shift,
+            weight,
+            extra_scale,
+            extra_shift,
+            extra_weight,
+            HAS_PAIRS,
+            HAS_EXTRAS,
+            NORM,
+            MODE,
+        )
+        z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
+        reader_of = image * (rows * columns) + out
+        groups = met[:, None] & (column3 < G)[None, :]
+        place_of = reader_of[:, None] * G + column3[None, :]
+        top = tl.load(normalizer + place_of, mask=groups, other=float("inf"))
+        shared = tl.load(delta + place_of, mask=groups, other=0.0)
+        dy = load_groups(gradient, image, out, member, column3, rows * columns, met, G, SHARE, LAST)
+        alpha = tl.exp(z3 - top)
+        of_value += alpha[:, None, :] * dy
+        of_last = alpha * (tl.sum(v * dy, 1) - shared)
+        of1 = _back_to_first(
+            of_last, z1, z2, z3, gamma, slopes, met, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
+        )[0]
+        if HAS_PAIRS:
+            of_pairs = _passed(product(of1, tl.trans(weight), MODE), pairs, scale, shift, NORM)
+            of_pairs = _scaled(of_pairs, scale, NORM)
+            if SLOPES:
+                slope, intercept = _load_vector(slopes, PAIRS, column, R), _load_vector(slopes, D + PAIRS, column, R)
+                of_pairs += tl.where(met[:, None], pairs * slope[None, :] + intercept[None, :], 0.0)
+            if RELATION == "subtraction":
+                of_pairs = -of_pairs
+            if RELATION == "hadamard":
+                of_pairs *= q
+            of_key += of_pairs
+        if HAS_EXTRAS:
+            of_extras = product(of1, tl.trans(extra_weight), MODE)
+            of_extras = _scaled(_passed(of_extras, extras, extra_scale, extra_shift, NORM), extra_scale, NORM)
+            if SLOPES:
+                extra_slope = _load_vector(slopes, EXTRA, extra, EXTRA_WIDTH)
+                extra_intercept = _load_vector(slopes, D + EXTRA, extra, EXTRA_WIDTH)
+                given = extras * extra_slope[None, :] + extra_intercept[None, :]
+                of_extras += tl.where(met[:, None], given, 0.0)
+            of_seen += of_extras
+            if RELATION == "dot":
+                of_key += _rows(of_extras, 0, LANES, _EXTRAS)[:, None] * q
+    tl.store(key_gradient + lane[:, None] * R + column[None, :], of_key, mask=mask[:, None] & (column < R)[None, :])
+    channel = member[:, None] * G + column3[None, :]
+    present = mask[:, None, None] & (member < SHARE)[None, :, None] & (column3 < G)[None, None, :]
+    tl.store(value_gradient + lane[:, None, None] * (G * SHARE) + channel[None, :, :], of_value, mask=present)
+    if POSITION != "none":
+        axis = extra - SEEN
+        of_seen = -of_seen if POSITION == "relative" else of_seen
+        present = mask[:, None] & ((axis >= 0) & (axis < 2))[None, :]
+        tl.store(position_gradient + lane[:, None] * 2 + axis[None, :], of_seen, mask=present)

@@ -1,0 +1,402 @@
+"""Pairwise attention on GPUs by the Triton kernels of `device.py`, as custom operators that autograd and tracers know.
+
+One operator does all of the forward: for each layer of γ the moments that its BatchNorm asks for, then attention. One
+does all of the backward: from the looking pixels, layer by layer back through the statistics, then once from the pixels
+that are looked at; gradients meet in float32 and are rounded once. γ goes to the kernels as one packed vector. Running
+averages move outside, from the statistics that the operator gives.
+Legend: B batch, R relation width, D δ's width, C value channels, G weight groups, N = B · P output pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from san.ops import dispatch
+from san.ops.footprint import Footprint
+from san.ops.kernels.gpu import launch, normalization
+from san.ops.kernels.gpu.launch import Bordered, as_map, block, floats, is_last, laid_out, like_value, mode, programs
+from san.ops.kernels.pairwise.reference import PairwiseCall
+from san.ops.mapping import Mapping
+from san.ops.relations import POSITION_WIDTHS
+
+__all__ = ["run", "supports"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes and constants of a call. `widths` are D and what each layer gives; NORM is false where γ is the identity.
+
+    `options` is the form in which operators take it.
+    """
+
+    query: Tensor
+    value: Tensor
+    relation: str
+    position: str
+    geometry: list[int]
+    widths: list[int]
+    norm: bool
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return Footprint.from_numbers(self.geometry)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        return self.footprint.output_size(*self.query.shape[2:])
+
+    @property
+    def total(self) -> int:
+        return self.query.shape[0] * self.size[0] * self.size[1]
+
+    @property
+    def groups(self) -> int:
+        return self.widths[-1]
+
+    @property
+    def relation_channels(self) -> int:
+        return self.query.shape[1]
+
+    def lanes(self, *, backward: bool = False) -> int:
+        """Pixels of a program, so few that most kernels compile without spilling registers; see gpu_compile.py."""
+        return launch.lanes(self.total, 16 if backward and self.value.shape[1] > 64 else 32)
+
+    def parameters(self, layers: int) -> int:
+        """Numbers in the packed parameters of the first layers."""
+        pairs = zip(self.widths, self.widths[1 : 1 + layers], strict=False)
+        return sum(2 * taken + given * (taken + 1) for taken, given in pairs)
+
+    def constants(self, layers: int, *, value: bool, backward: bool = False) -> dict[str, Any]:
+        """Constants of a kernel that sees the first layers of γ."""
+        given = [*self.widths[1 : 1 + layers], *[self.widths[min(layers, 1)]] * 3][:3]
+        for n in range(max(layers, 1), 3):
+            given[n] = given[n - 1]
+        found: dict[str, Any] = {
+            "RELATION": self.relation,
+            "POSITION": self.position,
+            "R": self.relation_channels,
+            "O1": given[0],
+            "O2": given[1],
+            "LAYERS": layers,
+            "LAST": is_last(self.value),
+            "MODE": mode(self.query, backward=backward),
+            "BLOCK_R": block(self.relation_channels),
+            "BLOCK_1": block(given[0]),
+            "BLOCK_2": block(given[1]),
+            **launch.geometry(self.footprint, *self.query.shape[2:]),
+        }
+        if value:
+            share = self.value.shape[1] // self.groups
+            found |= {"SHARE": share, "G": self.groups, "BLOCK_S": 1 << (share - 1).bit_length()}
+            found |= {"O3": given[2], "BLOCK_3": block(given[2]), "NORM": self.norm, "num_warps": 8}
+        return found
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.detach().reshape(-1).float() for x in tensors])
+
+
+def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: Tensor, layers: int) -> tuple[Any, ...]:
+    """Moments of z_layers by programs [T, 2, D], and how many samples each has [T]."""
+    from san.ops.kernels.pairwise.device import observe
+
+    lanes, total = plan.lanes(), plan.total
+    count = programs(total, lanes)
+    parts = torch.zeros((count, 2, plan.widths[layers]), dtype=torch.float32, device=query.device)
+    samples = torch.full((count,), lanes, device=query.device)
+    if count:
+        samples[-1] = total - (count - 1) * lanes
+        arguments = (query, key, position, gamma, parts, total, *query.shape[2:], *plan.size)
+        launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), LANES=lanes)
+    return parts, samples * plan.footprint.places
+
+
+def _folded(statistics: Tensor, parameters: Sequence[Tensor], eps: float) -> list[Tensor]:
+    """A layer's packed parameters: scale and shift, weight and bias."""
+    weight, bias, *linear = parameters
+    return [normalization.fold(statistics, weight, bias, eps), *linear]
+
+
+@torch.library.custom_op("san::triton_pairwise", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    parameters: list[Tensor],
+    averages: list[Tensor],
+    eps: list[float],
+    batch: list[bool],
+    group: str,
+    relation: str,
+    kind: str,
+    geometry: list[int],
+    widths: list[int],
+    norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """y, its normaliser [N, G], γ packed, and every BatchNorm's statistics [3, D].
+
+    `parameters` are weight and bias of each layer's BatchNorm and Linear, `averages` the running
+    averages of layers that use them.
+    """
+    last = is_last(value)
+    query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
+    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    statistics: list[Tensor] = []
+    packed: list[Tensor] = []
+    fixed = iter(averages)
+    for layer in range(len(widths) - 1):
+        if not norm:
+            packed += [query.new_zeros(2 * widths[0], dtype=torch.float32), *parameters[2:4]]
+            continue
+        if batch[layer]:
+            gamma = _pack(packed) if packed else floats(query, 0)
+            parts, counts = _observe(plan, query, key, position, gamma, layer)
+            statistics.append(normalization.merged(parts, counts, group))
+        else:
+            statistics.append(normalization.fixed(next(fixed), next(fixed)))
+        packed += _folded(statistics[-1], parameters[4 * layer : 4 * layer + 4], eps[layer])
+    gamma = _pack(packed)
+    output, normalizer = _attend(plan, query, key, value, position, gamma)
+    return output, normalizer, gamma, statistics
+
+
+def _attend(
+    plan: _Plan, query: Tensor, key: Tensor, value: Tensor, position: Tensor, gamma: Tensor
+) -> tuple[Tensor, Tensor]:
+    from san.ops.kernels.pairwise.device import attend
+
+    output, normalizer = like_value(value, plan.size), floats(query, plan.total, plan.groups)
+    lanes = plan.lanes()
+    if plan.total:
+        sizes = (plan.total, *query.shape[2:], *plan.size)
+        constants = plan.constants(len(plan.widths) - 1, value=True)
+        grid = (programs(plan.total, lanes),)
+        launch.start(
+            attend, grid, query, key, value, position, gamma, output, normalizer, *sizes, **constants, LANES=lanes
+        )
+    return output, normalizer
+
+
+@_forward.register_fake
+def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    query, _, value, _, _, _, _, _, _, relation, kind, geometry, widths, norm = inputs
+    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    statistics = [query.new_empty((3, width), dtype=torch.float64) for width in widths[:-1] if norm]
+    normalizer, gamma = floats(query, plan.total, plan.groups), floats(query, plan.parameters(len(widths) - 1))
+    return like_value(value, plan.size), normalizer, gamma, statistics
+
+
+@torch.library.custom_op("san::triton_pairwise_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    output: Tensor,
+    normalizer: Tensor,
+    gamma: Tensor,
+    statistics: list[Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    norm_weights: list[Tensor],
+    eps: list[float],
+    batch: list[bool],
+    group: str,
+    relation: str,
+    kind: str,
+    geometry: list[int],
+    widths: list[int],
+    norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and position, and of the packed parameters with BatchNorm's own first."""
+    last = is_last(value)
+    query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
+    gradient, output = laid_out(gradient, last), laid_out(output, last)
+    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    walk = _Walk(plan, query, key, value, position, gamma)
+    walk.attend(gradient, output, normalizer)
+    slopes = _through_statistics(walk, statistics, norm_weights, eps, batch, group)
+    of_key, of_value, of_seen = walk.from_keys(gradient, normalizer, slopes)
+    of_query = as_map(walk.of_query, plan.size, query, plan.footprint.stride)
+    of_looking = as_map(walk.of_looking.sum(0, keepdim=True), plan.size, position, plan.footprint.stride)
+    return of_query, of_key, of_value, of_looking + of_seen, walk.sums.float()
+
+
+def _through_statistics(
+    walk: _Walk,
+    statistics: list[Tensor],
+    weights: list[Tensor],
+    eps: list[float],
+    batch: list[bool],
+    group: str,
+) -> Tensor | None:
+    """Turn `walk.sums`' gradients of scale and shift into BatchNorm's own, the last layer first, whose statistics reach
+    the layers before; give every slope and intercept, None where no statistics are the batch's."""
+    found: list[Tensor] = []
+    at, widths = walk.plan.parameters, walk.plan.widths
+    for layer in reversed(range(len(statistics))):
+        start, width = at(layer), widths[layer]
+        of_scale, of_shift = walk.sums[start : start + 2 * width].view(2, width)
+        back = normalization.back(
+            statistics[layer], weights[layer], eps[layer], of_scale, of_shift, batch=batch[layer], group=group
+        )
+        slope = torch.stack([back.slope, back.intercept]).float()
+        if batch[layer]:
+            walk.observed(layer, slope)
+        walk.sums[start : start + 2 * width] = torch.cat([back.weight, back.bias])
+        found.insert(0, slope.flatten())
+    return torch.cat(found) if any(batch) and found else None
+
+
+class _Walk:
+    """The passes of one backward, and the gradients that they add up: of query [B, P, R], of position at the looking
+    pixels [B, P, 2], in float32, and of the packed parameters, in float64."""
+
+    def __init__(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, position: Tensor, gamma: Tensor) -> None:
+        self.plan, self.maps, self.position, self.gamma = plan, (query, key, value), position, gamma
+        pixels = plan.size[0] * plan.size[1]
+        self.of_query = floats(query, len(query), pixels, plan.relation_channels)
+        self.of_looking = torch.zeros((len(query), pixels, 2), dtype=torch.float32, device=query.device)
+        self.sums = torch.zeros(plan.parameters(len(plan.widths) - 1), dtype=torch.float64, device=query.device)
+        self.delta = floats(query, plan.total, plan.groups)
+
+    def attend(self, gradient: Tensor, output: Tensor, normalizer: Tensor) -> None:
+        """From y, with statistics held fixed."""
+        tensors = (output, gradient, normalizer, self.delta)
+        self._from_queries(len(self.plan.widths) - 1, self.gamma, tensors, attends=True)
+        # Softmax does not see what γ's last bias adds to all places, so what rounding leaves of its gradient is noise.
+        self.sums[-self.plan.groups :].zero_()
+
+    def observed(self, layers: int, slope: Tensor) -> None:
+        """From slope · z_layers + intercept at every sample."""
+        nothing = (self.maps[2], self.maps[2], self.gamma, self.delta)
+        self._from_queries(layers, slope, nothing, attends=False)
+
+    def _from_queries(self, layers: int, slopes: Tensor, tensors: Any, *, attends: bool) -> None:
+        from san.ops.kernels.pairwise.device import attend_backward_query
+
+        plan, lanes = self.plan, self.plan.lanes(backward=True)
+        size, count = plan.parameters(layers), programs(self.plan.total, lanes)
+        sums = floats(self.gamma, count, max(size, 1))
+        if count:
+            launch.start(
+                attend_backward_query,
+                (count,),
+                *(*self.maps, self.position, self.gamma, slopes, *tensors, self.of_query, self.of_looking, sums),
+                *(plan.total, *self.maps[0].shape[2:], *plan.size),
+                **plan.constants(layers, value=True, backward=True) | {"NORM": plan.norm or not attends},
+                ATTEND=attends,
+                SIZE=size,
+                LANES=lanes,
+            )
+        self.sums[:size] += sums[:, :size].sum(0, dtype=torch.float64)
+
+    def from_keys(self, gradient: Tensor, normalizer: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of key, value and position."""
+        from san.ops.kernels.pairwise.device import attend_backward_key
+
+        plan, (query, key, value) = self.plan, self.maps
+        border, lanes = Bordered(plan.footprint, *query.shape[2:]), plan.lanes(backward=True)
+        pixels = border.tall * border.wide
+        of_key, of_value, of_seen = (
+            floats(query, len(query), pixels, channels) for channels in (key.shape[1], value.shape[1], 2)
+        )
+        if plan.position == "none":
+            of_seen.zero_()
+        if plan.total:
+            total = len(query) * pixels
+            launch.start(
+                attend_backward_key,
+                (programs(total, lanes),),
+                *(*self.maps, self.position, self.gamma, self.gamma if slopes is None else slopes),
+                *(gradient, normalizer, self.delta, of_key, of_value, of_seen, total, *query.shape[2:], *plan.size),
+                *(border.tall, border.wide, border.origin),
+                **plan.constants(len(plan.widths) - 1, value=True, backward=True),
+                SLOPES=slopes is not None,
+                LANES=lanes,
+            )
+        of_position = border.back(of_seen.sum(0, keepdim=True), self.position)
+        return border.back(of_key, key), border.back(of_value, value), of_position
+
+
+@_backward.register_fake
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    gamma, query, key, value, position = inputs[3], *inputs[5:9]
+    last = torch.channels_last if is_last(value) else torch.contiguous_format
+    maps = [torch.empty_like(x, memory_format=last) for x in (query, key, value)]
+    return *maps, torch.empty_like(position), torch.empty_like(gamma)
+
+
+def _remember(ctx: Any, inputs: Any, output: Any) -> None:
+    query, key, value, position, parameters, averages, *ctx.options = inputs
+    ctx.averages = len(averages)
+    y, normalizer, gamma, statistics = output
+    ctx.mark_non_differentiable(normalizer, gamma, *statistics)
+    ctx.count = len(statistics)
+    ctx.shapes = [x.shape for x in parameters]
+    ctx.save_for_backward(y, normalizer, gamma, *statistics, query, key, value, position, *parameters[0::4])
+
+
+def _gradients(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
+    y, normalizer, gamma, *rest = ctx.saved_tensors
+    statistics, maps, weights = rest[: ctx.count], rest[ctx.count : ctx.count + 4], rest[ctx.count + 4 :]
+    *of_maps, packed = _backward(gradient, y, normalizer, gamma, statistics, *maps, weights, *ctx.options)
+    parts = packed.split([shape.numel() for shape in ctx.shapes])
+    of_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+    # Autograd takes empty lists, whatever of, for lists of tensors.
+    nothing = [[] if option == [] else None for option in ctx.options]
+    return *of_maps, of_parameters, [None] * ctx.averages, *nothing
+
+
+_forward.register_autograd(_gradients, setup_context=_remember)
+
+
+def supports(call: PairwiseCall) -> str | None:
+    """None, or why the kernels cannot run the call."""
+    groups = _widths(call)[-1]
+    return launch.refusal(call) or launch.width_refusal(call.key.shape[1], groups, call.value.shape[1])
+
+
+def _widths(call: PairwiseCall) -> list[int]:
+    """D and what each layer of γ gives."""
+    own = {"concatenation": 2 * call.key.shape[1], "dot": 1}.get(call.relation, call.key.shape[1])
+    taken = own + (POSITION_WIDTHS[call.position.kind] if call.position else 0)
+    if not isinstance(call.mapping, Mapping):
+        return [taken, taken]
+    return [taken, *(layer.weight.shape[0] for layer in call.mapping.layers)]
+
+
+def run(call: PairwiseCall) -> Tensor:
+    """Pairwise attention; see `reference.py`."""
+    layers = call.mapping.layers if isinstance(call.mapping, Mapping) else ()
+    widths, norms = _widths(call), [layer.norm for layer in layers]
+    parameters = [x for layer in layers for x in normalization.parameters(layer)]
+    query = call.query
+    if not layers:
+        identity = torch.eye(widths[0], device=query.device)
+        nothing = identity.new_zeros(widths[0])
+        parameters = [nothing, nothing, identity, nothing]
+    nothing = query.new_zeros(1, 2, *query.shape[2:], dtype=torch.float32)
+    position = nothing if call.position is None else call.position.map(*query.shape[2:]).float().contiguous()
+    averages = [x for norm in norms for x in normalization.averages(norm)]
+    y, _, _, statistics = _forward(
+        *(query, call.key, call.value, position, parameters, averages),
+        [norm.eps for norm in norms],
+        [norm.uses_batch for norm in norms],
+        next((name for name in map(normalization.group_name, norms) if name), ""),
+        *(call.relation, call.position.kind if call.position else "none", call.footprint.numbers(), widths),
+        bool(layers),
+    )
+    for norm, found in zip(norms, statistics, strict=True):
+        normalization.move_running(norm, found.detach())
+    return y
+
+
+if launch.installed():
+    dispatch.register("pairwise_attention", "triton", supports=supports, run=run, pays=launch.pays)

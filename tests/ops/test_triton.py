@@ -1,0 +1,203 @@
+"""What the Triton backend promises beyond the shared suite, without a GPU: registration, layouts, refusals, code.
+
+Kernels run in Triton's interpreter here, and are compiled for GPUs in a process of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import san
+from san import ops
+from san.ops.cases import CASES
+from san.ops.kernels.gpu import launch
+
+pytestmark = pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
+
+FORMS = [CASES[name] for name in ("pairwise-subtraction-LRL-relative", "patchwise-concatenation-LRL", "aggregation")]
+EACH_FORM = pytest.mark.parametrize("case", FORMS, ids=lambda case: case.operator)
+ROOT = Path(__file__).parents[2]
+
+
+def call(problem: Any, backend: str = "triton") -> Tensor:
+    with ops.use_backend(backend):
+        return getattr(ops, problem.operator)(*problem.arguments, **problem.options)
+
+
+class Operator(torch.nn.Module):
+    """An operator as a module, for tracers."""
+
+    def __init__(self, problem: Any) -> None:
+        super().__init__()
+        self.problem, self.rest = problem, [x for x in problem.arguments if not isinstance(x, Tensor)]
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        return getattr(ops, self.problem.operator)(*maps, *self.rest, **self.problem.options)
+
+
+def maps_of(problem: Any) -> list[Tensor]:
+    return [x.detach() for x in problem.arguments if isinstance(x, Tensor)]
+
+
+@EACH_FORM
+def test_traces_whole(case: Any) -> None:
+    problem = replace(case, training=False).build(torch.float32)
+    maps = maps_of(problem)
+    with ops.use_backend("triton"):
+        expected = Operator(problem)(*maps)
+        compiled = torch.compile(Operator(problem), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*maps), expected)
+        program = torch.export.export(Operator(problem), tuple(maps))
+    assert "san.triton_" in str(program)
+    torch.testing.assert_close(program.module()(*maps), expected)
+
+
+@EACH_FORM
+def test_compiled_training_steps_are_eager_ones(case: Any) -> None:
+    results = []
+    for compiles in (False, True):
+        problem = case.build(torch.float32)
+        operator = Operator(problem)
+        operator = torch.compile(operator, backend="aot_eager", fullgraph=True) if compiles else operator
+        with ops.use_backend("triton"):
+            y = operator(*[x for x in problem.arguments if isinstance(x, Tensor)])
+            gradients = torch.autograd.grad(y.square().sum(), list(problem.tensors.values()))
+        results.append([y.detach(), *gradients, *problem.running.values()])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_operators_pass_opcheck() -> None:
+    noted: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Note(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "triton" in str(function) and function not in [each for each, _ in noted]:
+                noted.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    for name in ("pairwise-subtraction-LRL-relative", "patchwise-star-LRL", "patchwise-concatenation-L"):
+        problem = CASES[name].build(torch.float32)
+        with Note():
+            call(problem).sum().backward()
+    assert len(noted) == 10
+    for function, args in noted:
+        detached = [_detached(x) for x in args]
+        torch.library.opcheck(function, tuple(detached), test_utils=("test_schema", "test_faketensor"))
+
+
+def _detached(x: Any) -> Any:
+    if isinstance(x, list):
+        return [_detached(each) for each in x]
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+@EACH_FORM
+def test_maps_keep_their_memory_format_without_copies(case: Any, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels get are the maps themselves, and y and gradients lie as they do."""
+    problem = case.build(torch.float32, channels_last=last)
+    maps = [x for x in problem.arguments if isinstance(x, Tensor)][: 1 if case.operator == "aggregation" else 3]
+    seen: list[bool] = []
+
+    def laid_out(x: Tensor, wanted: bool) -> Tensor:
+        y = x.contiguous(memory_format=torch.channels_last if wanted else torch.contiguous_format)
+        seen.append(y.data_ptr() == x.data_ptr())
+        return y
+
+    for name in ("aggregation", "pairwise", "patchwise"):
+        monkeypatch.setattr(f"san.ops.kernels.{name}.triton.laid_out", laid_out)
+    y = call(problem)
+    assert seen
+    assert all(seen)
+    assert launch.is_last(y) == last
+    assert all(launch.is_last(x) == last for x in torch.autograd.grad(y.sum(), maps))
+
+
+@pytest.mark.parametrize("form", ["pairwise", "patchwise"])
+def test_autocast_hands_over_half_precision(form: str) -> None:
+    network = san.SelfAttentionBlock(32, 3, form)
+    x = torch.randn(2, 32, 6, 6)
+    with ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+        y = network.sam(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    gradients = [parameter.grad for parameter in network.sam.parameters()]
+    assert all(each is not None and each.dtype == torch.float32 and each.isfinite().all() for each in gradients)
+
+
+def test_the_automatic_choice_does_not_interpret() -> None:
+    problem = FORMS[0].build(torch.float32)
+    expected = call(problem, "native" if "native" in ops.backends() else "reference")
+    assert torch.equal(call(FORMS[0].build(torch.float32), "auto"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"operator": "patchwise_attention", "relation": "clique"}, "not 'clique'"),
+        ({"relation_channels": 200}, "at most 128 relation channels, but there are 200"),
+        ({"channels": 2048}, "at most 1024 channels, but there are 2048"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(change: dict[str, Any], sentence: str) -> None:
+    problem = replace(FORMS[0], height=2, width=2, **change).build(torch.float32)
+    with pytest.raises(ValueError, match=f"backend triton cannot run this call: .*{sentence}"):
+        call(problem)
+
+
+def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="triton runs on GPUs, but the tensors are on cpu"):
+        call(FORMS[0].build(torch.float32))
+
+
+def test_sizes_of_maps_compile_nothing_new() -> None:
+    """All that depends on a map's size and the batch is an argument on which kernels are not specialised."""
+    script = """
+import torch
+from san import ops
+from san.ops.cases import CASES
+from dataclasses import replace
+from benchmarks.gpu_compile import Launch, device_modules, note_call
+noted = []
+with device_modules(noted):
+    for side in range(12, 32):
+        for name in ("pairwise-subtraction-LRL-relative", "patchwise-concatenation-LRL", "aggregation"):
+            note_call(replace(CASES[name], height=side, width=side + 3, batch=side, kernel_size=7))
+keys = [repr((each["kernel"], {k: v for k, v in each["constants"].items()})) for each in noted]
+print(len(noted), len(set(keys)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], **_alone())
+    assert found.returncode == 0, found.stderr
+    launches, variants = map(int, found.stdout.split())
+    assert launches == variants
+
+
+def _alone() -> dict[str, Any]:
+    """A process in which Triton compiles, from the project's root."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 280}
+
+
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """Those of one layer of each SAN10, for compute capability 9.0, and none of inference spills registers."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/gpu_compile.py", "--layers", "few", "--json", str(report)]
+    found = subprocess.run(command, **_alone())
+    assert report.exists(), found.stdout + found.stderr
+    kernels = json.loads(report.read_text())["kernels"]
+    assert {each["form"] for each in kernels} == {"pairwise", "patchwise", "aggregation", "gpu"}
+    inference = [each for each in kernels if each["kernel"] in ("attend", "hidden", "aggregate")]
+    assert inference
+    assert not any(each["stack"] for each in inference)
