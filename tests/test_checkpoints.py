@@ -517,3 +517,10 @@ def test_model_goes_to_a_hub_and_comes_back(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert set(files) == {"README.md", "config.json", "model.safetensors"}
     assert done.stdout.startswith("hf-hub:someone/missing cannot be loaded: ")
+
+
+def test_run_that_has_not_ended_says_how_to_go_on(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match=f"has not ended; go on with: san train --resume {tmp_path}"):
+        load_model(tmp_path)

@@ -55,6 +55,8 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
+        if (path / "checkpoints" / "last.ckpt").exists():
+            raise UserError(f"the run in {path} has not ended; go on with: san train --resume {path}")
         what = f"{path} is a folder without model.safetensors" if path.is_dir() else f"checkpoint {path} does not exist"
         raise UserError(f"{what}; give a run folder, a .safetensors file or a published .pth")
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_published(file)

@@ -57,8 +57,8 @@ def _results(network: Any, journal: Journal, judged: dict[str, Accuracy]) -> str
     average = f", the moving average ({decay}) of the weights" if decay else ""
     images = ", ".join(f"{len(images):,} for {name}" for name, images in _sets(journal).items())
     notes = (
-        "The best epoch is the one with the highest accuracy on the validation images, a part of the training images; "
-        "the test images were used only for this table. "
+        "The best epoch is the one with the highest accuracy on the validation images, and of several the one with the "
+        "lowest loss; the test images were used only for this table. "
         f"`model.safetensors` holds the last epoch{average}.",
         f"Parameters: {parameters:,}. Images: {images}. "
         f"Training and validation took {timedelta(seconds=seconds)} (hours:minutes:seconds) in {last['step']:,} steps.",
