@@ -60,6 +60,17 @@ COMMANDS = {
         find . -name '*.jpg' | san predict model.safetensors - --json
         """,
     ),
+    "robustness": Command(
+        "san.cli.commands:robustness",
+        "accuracy on rotated images and under attack",
+        """
+        san robustness runs/first                         # the test images of the data it was trained on
+        san robustness runs/first runs/second --limit 500 --out results
+        san robustness model.safetensors --data photos --attack none --angles 0,15,30,45,60,75,90
+        san robustness model.safetensors --data photos --no-rotation --curve --epsilon 4/255 --step 1/255
+        san robustness runs/first --attack untargeted --random-start --restarts 5 --json
+        """,
+    ),
     "complexity": Command(
         "san.cli.commands:complexity",
         "parameters and multiply-adds of networks",

@@ -1,1 +1,1 @@
-"""What a network is worth and what it costs: accuracy on labelled images, predictions, parameters, multiply-adds."""
+"""What a network is worth and what it costs: accuracy, predictions, robustness, parameters, speed."""

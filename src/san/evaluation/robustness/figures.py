@@ -1,0 +1,118 @@
+"""The files that `san robustness --out` keeps: numbers, a page, curves over angle and iterations, attacked images."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot, ticker
+from torch import Tensor, nn
+
+from san.evaluation.classes import class_words
+from san.evaluation.robustness.attack import Attack, attack_images
+from san.evaluation.robustness.inputs import LabelledImages, PixelModel
+from san.evaluation.robustness.tables import as_markdown
+
+__all__ = ["draw_angles", "draw_attacked", "draw_iterations", "write_images", "write_results"]
+
+
+def write_results(result: dict[str, Any], folder: Path, images: list[Path]) -> list[Path]:
+    """Write robustness.json, robustness.md, and as PNG and SVG the curves that were measured; gives their paths.
+
+    `images` are what `write_images` wrote to the same folder; the page shows them.
+    """
+    charts = []
+    if any(row["rotation"] and row["rotation"]["angles"] for row in result["models"]):
+        charts += draw_angles(result, folder / "angles")
+    if result["settings"]["aims"]:
+        charts += draw_iterations(result, folder / "iterations")
+    numbers, page = folder / "robustness.json", folder / "robustness.md"
+    numbers.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shown = [path.name for path in [*charts, *images] if path.suffix == ".png"]
+    page.write_text(as_markdown(result, shown), encoding="utf-8")
+    return [numbers, page, *charts, *images]
+
+
+def write_images(
+    models: Mapping[str, nn.Module], examples: LabelledImages, attack: Attack, folder: Path, count: int
+) -> list[Path]:
+    """Draw `count` images, evenly spread over the set, as each model's attack changes them; gives the PNGs' paths."""
+    written = []
+    for number, (name, model) in enumerate(models.items(), 1):
+        path = folder / f"attacked-{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')}.png"
+        draw_attacked(name, model, examples.some(count), attack, path)
+        written.append(path)
+    return written
+
+
+def draw_angles(result: dict[str, Any], target: Path) -> list[Path]:
+    """Top-1 over the angle, a line for every model, as target.png and target.svg."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for row in result["models"]:
+        curve = sorted((each["angle"], each["top1"]) for each in row["rotation"]["angles"])
+        axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=row["model"])
+    axes.set(xlabel="degrees, clockwise", ylabel="top-1 accuracy in %", ylim=(-2, 102))
+    return _saved(figure, [axes], target)
+
+
+def draw_iterations(result: dict[str, Any], target: Path) -> list[Path]:
+    """Top-1 and success over iterations, a row of panels for each aim, as target.png and target.svg."""
+    aims = result["settings"]["aims"]
+    figure, panels = pyplot.subplots(
+        len(aims), 2, figsize=(11, 4 * len(aims)), layout="constrained", squeeze=False, sharex=True
+    )
+    for aim, line in zip(aims, panels, strict=True):
+        for axes, quantity, label in zip(line, ("top1", "success"), ("top-1 accuracy", "success"), strict=True):
+            for row in result["models"]:
+                curve = row["attacks"][aim]["rows"]
+                values = [float("nan") if each[quantity] is None else each[quantity] for each in curve]
+                axes.plot([each["iterations"] for each in curve], values, "o-", markersize=3, label=row["model"])
+            axes.set(title=f"{aim} attack", xlabel="iterations", ylabel=f"{label} in %", ylim=(-2, 102))
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    return _saved(figure, list(panels.flat), target)
+
+
+def draw_attacked(name: str, model: nn.Module, examples: LabelledImages, attack: Attack, target: Path) -> None:
+    """Each image, what the attack adds to it (grey: nothing, black and white: ∓ε), and both together, as a PNG.
+
+    Above them stand the true class and those that the model takes them for.
+    """
+    network, words, rows = PixelModel(model), class_words(model), []
+    for batch in examples.batches(network, "figures"):
+        found = attack_images(network, batch.images, batch.labels, attack, batch.indices.tolist())
+        before, after = network.classes(batch.images), found.predicted[-1]
+        rows += list(zip(batch.images.cpu(), found.images.cpu(), batch.labels, before, after, strict=True))
+    figure, panels = pyplot.subplots(len(rows), 3, figsize=(9, 3.2 * len(rows)), layout="constrained", squeeze=False)
+    kind = "targeted" if attack.targeted else "untargeted"
+    figure.suptitle(f"{name}, {kind} attack, {attack.iterations} iterations")
+    for line, (image, attacked, label, before, after) in zip(panels, rows, strict=True):
+        added = (attacked - image) / (2 * attack.epsilon or 1) + 0.5
+        titles = (f"{words[label]}, taken for {words[before]}", "what is added", f"taken for {words[after]}")
+        for axes, picture, title in zip(line, (image, added, attacked), titles, strict=True):
+            axes.imshow(_shown(picture))
+            axes.set_title(title, fontsize="small")
+            axes.set_axis_off()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _shown(picture: Tensor) -> Any:
+    return picture.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def _saved(figure: Any, panels: list[Any], target: Path) -> list[Path]:
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    paths = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for path in paths:
+        figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return paths
