@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from san.ops.kernels.gpu.geometry import load_groups, lookers, place, product, reader, relu, store_groups
+from san.ops.kernels.gpu.geometry import load_groups, lookers, place, product, reader, relu, store_groups, tile_of
 
 __all__ = ["aggregate", "aggregate_backward_parameters", "aggregate_backward_value", "aggregate_backward_weight"]
 
@@ -266,9 +266,7 @@ def aggregate_backward_parameters(
     of_bias = tl.zeros([LANES, BLOCK_G], tl.float32)
     first = tl.program_id(1) * tiles
     for tile in range(first, first + tiles):
-        lane = (tile * LANES + tl.arange(0, LANES)).to(tl.int64)
-        mask, image = lane < total, lane // (rows * columns)
-        out = (lane % (rows * columns)).to(tl.int32)
+        lane, mask, image, out = tile_of(tile, total, rows, columns, LANES)
         row, col = out // columns * STRIDE, out % columns * STRIDE
         pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         v = load_groups(value, image, pixel, member, group, height * width, inside & mask, G, SHARE, LAST)

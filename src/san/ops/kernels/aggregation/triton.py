@@ -63,7 +63,7 @@ class _Plan:
             "MODE": mode(self.value, backward=backward),
             "LANES": self.lanes(),
             "BLOCK_G": block(self.groups),
-            "BLOCK_S": 1 << (share - 1).bit_length(),
+            "BLOCK_S": launch.members(share),
             "BLOCK_H": block(self.hidden),
             **launch.geometry(self.footprint, *self.value.shape[2:]),
         }

@@ -13,6 +13,7 @@ import triton.language as tl
 __all__ = [
     "load_channels",
     "load_groups",
+    "load_tile",
     "lookers",
     "place",
     "product",
@@ -21,6 +22,8 @@ __all__ = [
     "source",
     "store_channels",
     "store_groups",
+    "store_tile",
+    "tile_of",
 ]
 
 
@@ -69,58 +72,69 @@ def reader(y, x, number, rows, columns, KERNEL, STRIDE, DILATION):
 @triton.jit
 def lookers(total, rows, columns, LANES: tl.constexpr):
     """This program's pixels: their numbers in the batch, whether they exist, images, and pixels in their images."""
-    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    return tile_of(tl.program_id(0), total, rows, columns, LANES)
+
+
+@triton.jit
+def tile_of(number, total, rows, columns, LANES: tl.constexpr):
+    """The same of a tile of LANES pixels."""
+    lane = tl.cast(number, tl.int64) * LANES + tl.arange(0, LANES)
     return lane, lane < total, lane // (rows * columns), (lane % (rows * columns)).to(tl.int32)
 
 
 @triton.jit
-def _channel_pointers(map, image, pixel, channel, size, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    start = map + image.to(tl.int64)[:, None] * (size * CHANNELS)
+def _pointers(map, image, pixel, channel, size, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    start = map + image.to(tl.int64) * (size * CHANNELS)
     if LAST:
-        return start + (pixel[:, None] * CHANNELS + channel[None, :])
-    return start + (pixel[:, None] + channel[None, :] * size)
+        return start + (pixel * CHANNELS + channel)
+    return start + (pixel + channel * size)
+
+
+@triton.jit
+def load_tile(map, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """A tile of a map of `size` pixels, in float32, zeros where the mask is off; its shape is that to which image,
+    pixel, channel and mask broadcast."""
+    return tl.load(_pointers(map, image, pixel, channel, size, CHANNELS, LAST), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(map, x, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """The reverse of `load_tile`, in the map's dtype."""
+    pointers = _pointers(map, image, pixel, channel, size, CHANNELS, LAST)
+    tl.store(pointers, x.to(map.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_channels(map, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    """[lanes, channels] of a map of `size` pixels, in float32; zeros where the mask is off or there is no channel."""
-    pointers = _channel_pointers(map, image, pixel, channel, size, CHANNELS, LAST)
-    present = ((channel >= 0) & (channel < CHANNELS))[None, :]
-    return tl.load(pointers, mask=mask[:, None] & present, other=0.0).to(tl.float32)
+    """[lanes, channels] of a map; zeros where the mask is off or there is no channel."""
+    present = mask[:, None] & (channel < CHANNELS)[None, :]
+    return load_tile(map, image[:, None], pixel[:, None], channel[None, :], size, present, CHANNELS, LAST)
 
 
 @triton.jit
 def store_channels(map, x, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
-    """Store [lanes, channels] to a map of `size` pixels, in its dtype."""
-    pointers = _channel_pointers(map, image, pixel, channel, size, CHANNELS, LAST)
-    present = ((channel >= 0) & (channel < CHANNELS))[None, :]
-    tl.store(pointers, x.to(map.dtype.element_ty), mask=mask[:, None] & present)
-
-
-@triton.jit
-def _group_pointers(map, image, pixel, member, group, size, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
-    """Of value channels c = member · GROUPS + group: [lanes, members, groups]."""
-    channel = member[:, None] * GROUPS + group[None, :]
-    start = map + image.to(tl.int64)[:, None, None] * (size * GROUPS * SHARE)
-    if LAST:
-        return start + (pixel[:, None, None] * (GROUPS * SHARE) + channel[None, :, :])
-    return start + (pixel[:, None, None] + channel[None, :, :] * size)
+    """Store [lanes, channels]."""
+    present = mask[:, None] & (channel < CHANNELS)[None, :]
+    store_tile(map, x, image[:, None], pixel[:, None], channel[None, :], size, present, CHANNELS, LAST)
 
 
 @triton.jit
 def load_groups(map, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
-    """[lanes, members, groups] of a value map, whose SHARE channels with one weight are a group's members."""
-    pointers = _group_pointers(map, image, pixel, member, group, size, GROUPS, SHARE, LAST)
-    present = (member < SHARE)[None, :, None] & (group < GROUPS)[None, None, :]
-    return tl.load(pointers, mask=mask[:, None, None] & present, other=0.0).to(tl.float32)
+    """[lanes, members, groups] of a value map, whose SHARE channels with one weight are a group's members: channel
+    c = member · GROUPS + group."""
+    channel = (member[:, None] * GROUPS + group[None, :])[None, :, :]
+    present = mask[:, None, None] & ((member < SHARE)[:, None] & (group < GROUPS)[None, :])[None, :, :]
+    where = image[:, None, None], pixel[:, None, None]
+    return load_tile(map, where[0], where[1], channel, size, present, GROUPS * SHARE, LAST)
 
 
 @triton.jit
 def store_groups(map, x, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
-    """Store [lanes, members, groups] to a value map, in its dtype."""
-    pointers = _group_pointers(map, image, pixel, member, group, size, GROUPS, SHARE, LAST)
-    present = (member < SHARE)[None, :, None] & (group < GROUPS)[None, None, :]
-    tl.store(pointers, x.to(map.dtype.element_ty), mask=mask[:, None, None] & present)
+    """Store [lanes, members, groups]."""
+    channel = (member[:, None] * GROUPS + group[None, :])[None, :, :]
+    present = mask[:, None, None] & ((member < SHARE)[:, None] & (group < GROUPS)[None, :])[None, :, :]
+    where = image[:, None, None], pixel[:, None, None]
+    store_tile(map, x, where[0], where[1], channel, size, present, GROUPS * SHARE, LAST)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,12 +29,14 @@ __all__ = [
     "laid_out",
     "lanes",
     "like_value",
+    "members",
     "mode",
     "pays",
     "programs",
     "refusal",
     "shares",
     "start",
+    "sums_of_eight",
     "width_refusal",
 ]
 
@@ -125,6 +129,11 @@ def block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def members(share: int) -> int:
+    """Rows of a tile that holds the value channels of one weight: a power of two."""
+    return 1 << (share - 1).bit_length()
+
+
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel; type checkers take it for the Python function that it looks like."""
     kernel[grid](*arguments, **constants)
@@ -136,12 +145,19 @@ def programs(total: int, lanes: int) -> int:
 
 
 def lanes(total: int, most: int) -> int:
-    """Pixels of a program, at most `most` and no more than serve `total`: a power of two, from a product's 16 on.
+    """Pixels of a program, at most `most` and no more than serve `total`: a power of two from 8 or 16 on, of which
+    products take no fewer.
 
     In the interpreter every program costs milliseconds, whatever its lanes.
     """
     most = 1024 if interpreting() else most
-    return max(16, min(most, 1 << (total - 1).bit_length()))
+    return max(min(most, 16), min(most, 1 << (total - 1).bit_length()))
+
+
+@cache
+def sums_of_eight() -> bool:
+    """Whether products in tf32 sum over as few as 8 terms: before 3.8, Triton wants 16."""
+    return tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
 
 
 def shares(tiles: int, places: int) -> tuple[int, int]:

@@ -19,24 +19,63 @@ import triton
 import triton.language as tl
 
 from san.ops.kernels.gpu.geometry import (
-    load_channels,
-    load_groups,
+    load_tile,
     lookers,
     place,
     product,
     reader,
     relu,
     source,
-    store_groups,
+    store_tile,
+    tile_of,
 )
 
-__all__ = ["EXTRAS", "attend", "attend_backward_key", "attend_backward_query", "observe"]
+__all__ = [
+    "EXTRAS",
+    "attend",
+    "attend_backward_key",
+    "attend_backward_mapping",
+    "attend_backward_query",
+    "observe",
+]
 
 # Columns of the tile of extras: the least that a product takes.
 EXTRAS = 16
 _EXTRAS = tl.constexpr(EXTRAS)
 
-_SIZES = ["total", "height", "width", "rows", "columns", "tall", "wide", "origin"]
+_SIZES = ["total", "height", "width", "rows", "columns", "tall", "wide", "origin", "tiles"]
+
+
+@triton.jit
+def _load(map, image, pixel, channel, size, mask, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """[channels, lanes] of a map of `size` pixels; zeros where the mask is off or there is no channel."""
+    present = ((channel >= 0) & (channel < CHANNELS))[:, None] & mask[None, :]
+    return load_tile(map, image[None, :], pixel[None, :], channel[:, None], size, present, CHANNELS, LAST)
+
+
+@triton.jit
+def _load_member(map, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """[groups, lanes] of a value map: one of the SHARE channels that a group weighs alike."""
+    present, channel = (group < GROUPS)[:, None] & mask[None, :], (member * GROUPS + group)[:, None]
+    return load_tile(map, image[None, :], pixel[None, :], channel, size, present, GROUPS * SHARE, LAST)
+
+
+@triton.jit
+def _load_groups(map, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """[members, groups, lanes] of a value map."""
+    channel = (member[:, None] * GROUPS + group[None, :])[:, :, None]
+    present = ((member < SHARE)[:, None] & (group < GROUPS)[None, :])[:, :, None] & mask[None, None, :]
+    where = image[None, None, :], pixel[None, None, :]
+    return load_tile(map, where[0], where[1], channel, size, present, GROUPS * SHARE, LAST)
+
+
+@triton.jit
+def _store_groups(map, x, image, pixel, member, group, size, mask, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST):
+    """Store [members, groups, lanes] to a value map, in its dtype."""
+    channel = (member[:, None] * GROUPS + group[None, :])[:, :, None]
+    present = ((member < SHARE)[:, None] & (group < GROUPS)[None, :])[:, :, None] & mask[None, None, :]
+    where = image[None, None, :], pixel[None, None, :]
+    store_tile(map, x, where[0], where[1], channel, size, present, GROUPS * SHARE, LAST)
 
 
 @triton.jit
@@ -56,8 +95,8 @@ def _extras(query, key, looking, seen, RELATION: tl.constexpr, POSITION: tl.cons
     """dot and position: [lanes, EXTRAS], from positions of both pixels that already lie in their columns."""
     extras = tl.zeros(looking.shape, tl.float32)
     if RELATION == "dot":
-        first = tl.arange(0, _EXTRAS)[None, :] == 0
-        extras += tl.where(first, tl.sum(query * key, 1)[:, None], 0.0)
+        first = tl.arange(0, _EXTRAS)[:, None] == 0
+        extras += tl.where(first, tl.sum(query * key, 0)[None, :], 0.0)
     if POSITION == "relative":
         extras += looking - seen
     if POSITION == "absolute":
@@ -69,8 +108,8 @@ def _extras(query, key, looking, seen, RELATION: tl.constexpr, POSITION: tl.cons
 def _load_position(position, pixel, size, mask, FIRST: tl.constexpr, POSITION: tl.constexpr, LANES: tl.constexpr):
     """Position [2, size] of some pixels in columns FIRST and FIRST + 1: [lanes, EXTRAS]."""
     if POSITION == "none":
-        return tl.zeros([LANES, _EXTRAS], tl.float32)
-    return load_channels(position, pixel * 0, pixel, tl.arange(0, _EXTRAS) - FIRST, size, mask, 2, False)
+        return tl.zeros([_EXTRAS, LANES], tl.float32)
+    return _load(position, pixel * 0, pixel, tl.arange(0, _EXTRAS) - FIRST, size, mask, 2, False)
 
 
 @triton.jit
@@ -82,21 +121,21 @@ def _load_vector(vector, first, column, WIDTH: tl.constexpr):
 @triton.jit
 def _load_weight(weight, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """Columns [first, first + WIDTH) of a Linear's weight [ROWS, COLUMNS], transposed: [columns, rows]."""
-    present = (column < WIDTH)[:, None] & (row < ROWS)[None, :]
-    return tl.load(weight + row[None, :] * COLUMNS + first + column[:, None], mask=present, other=0.0)
+    present = (column < WIDTH)[None, :] & (row < ROWS)[:, None]
+    return tl.load(weight + row[:, None] * COLUMNS + first + column[None, :], mask=present, other=0.0)
 
 
 @triton.jit
 def _store_weight(to, x, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """The reverse of `_load_weight`."""
-    present = (column < WIDTH)[:, None] & (row < ROWS)[None, :]
-    tl.store(to + row[None, :] * COLUMNS + first + column[:, None], x, mask=present)
+    present = (column < WIDTH)[None, :] & (row < ROWS)[:, None]
+    tl.store(to + row[:, None] * COLUMNS + first + column[None, :], x, mask=present)
 
 
 @triton.jit
 def _activated(x, scale, shift, NORM: tl.constexpr):
     if NORM:
-        return relu(x * scale[None, :] + shift[None, :])
+        return relu(x * scale[:, None] + shift[:, None])
     return x
 
 
@@ -104,7 +143,7 @@ def _activated(x, scale, shift, NORM: tl.constexpr):
 def _passed(gradient, x, scale, shift, NORM: tl.constexpr):
     """Gradient at scale · x + shift, from that behind its ReLU."""
     if NORM:
-        return tl.where(x * scale[None, :] + shift[None, :] <= 0, 0.0, gradient)
+        return tl.where(x * scale[:, None] + shift[:, None] <= 0, 0.0, gradient)
     return gradient
 
 
@@ -112,7 +151,7 @@ def _passed(gradient, x, scale, shift, NORM: tl.constexpr):
 def _scaled(gradient, scale, NORM: tl.constexpr):
     """Gradient at x from that at scale · x + shift."""
     if NORM:
-        return gradient * scale[None, :]
+        return gradient * scale[:, None]
     return gradient
 
 
@@ -127,11 +166,11 @@ def _observed(mean, deviation, x, number):
 @triton.jit
 def _store_moments(to, mean, deviation, mask, first, column, D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr):
     """Moments of all lanes' samples, K each, to columns [first, first + WIDTH) of [2, D]."""
-    valid = mask[:, None]
+    valid = mask[None, :]
     count = tl.maximum(tl.sum(mask.to(tl.float32), 0), 1.0)
-    centre = tl.sum(tl.where(valid, mean, 0.0), 0) / count
-    distance = mean - centre[None, :]
-    total = tl.sum(tl.where(valid, deviation + K * distance * distance, 0.0), 0)
+    centre = tl.sum(tl.where(valid, mean, 0.0), 1) / count
+    distance = mean - centre[:, None]
+    total = tl.sum(tl.where(valid, deviation + K * distance * distance, 0.0), 1)
     present = column < WIDTH
     tl.store(to + first + column, centre, mask=present)
     tl.store(to + D + first + column, total, mask=present)
@@ -184,14 +223,14 @@ def _behind(z1, gamma, column1, column2, column3, LAYERS: tl.constexpr, D, O1, O
         scale, shift = _load_vector(gamma, at, column1, O1), _load_vector(gamma, at + O1, column1, O1)
         weight = _load_weight(gamma + at + 2 * O1, 0, column1, column2, O1, O1, O2)
         bias = _load_vector(gamma, at + 2 * O1 + O1 * O2, column2, O2)
-        z2 = product(_activated(z1, scale, shift, True), weight, MODE) + bias[None, :]
+        z2 = product(weight, _activated(z1, scale, shift, True), MODE) + bias[:, None]
     z3 = z2
     if LAYERS > 2:
         at3: tl.constexpr = layer_at(3, D, O1, O2)
         scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
         weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
         bias3 = _load_vector(gamma, at3 + 2 * O2 + O2 * O3, column3, O3)
-        z3 = product(_activated(z2, scale3, shift3, True), weight3, MODE) + bias3[None, :]
+        z3 = product(weight3, _activated(z2, scale3, shift3, True), MODE) + bias3[:, None]
     return z2, z3
 
 
@@ -214,9 +253,9 @@ def _first(
     """z_1, from the part `start` that the looking pixel decides."""
     z = start
     if HAS_PAIRS:
-        z += product(_activated(pairs, scale, shift, NORM), weight, MODE)
+        z = z + product(weight, _activated(pairs, scale, shift, NORM), MODE)
     if HAS_EXTRAS:
-        z += product(_activated(extras, extra_scale, extra_shift, NORM), extra_weight, MODE)
+        z = z + product(extra_weight, _activated(extras, extra_scale, extra_shift, NORM), MODE)
     return z
 
 
@@ -225,7 +264,7 @@ def _looks(query, gamma, column, column1, R, D, O1, NORM: tl.constexpr, MODE: tl
     """What the channels of concatenation that the looking pixel decides give to z_1."""
     scale, shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
     weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
-    return product(_activated(query, scale, shift, NORM), weight, MODE)
+    return product(weight, _activated(query, scale, shift, NORM), MODE)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -286,18 +325,18 @@ def attend(
     extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
     extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
     extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    q = _load(query, image, centre, column, size, mask, R, LAST)
     looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
-    start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+    start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
     if RELATION == "concatenation":
-        start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
-    top = tl.full([LANES, BLOCK_3], float("-inf"), tl.float32)
-    sum = tl.zeros([LANES, BLOCK_3], tl.float32)
-    y = tl.zeros([LANES, BLOCK_S, BLOCK_3], tl.float32)
+        start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+    top = tl.full([BLOCK_3, LANES], float("-inf"), tl.float32)
+    sum = tl.zeros([BLOCK_3, LANES], tl.float32)
+    y = tl.zeros([BLOCK_S, BLOCK_3, LANES], tl.float32)
     for number in range(KERNEL * KERNEL):
         pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         inside = inside & mask
-        k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+        k = _load(key, image, pixel, column, size, inside, R, LAST)
         seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
         z = _first(
             _pairs(q, k, RELATION),
@@ -318,12 +357,12 @@ def attend(
         higher = tl.maximum(top, scores, propagate_nan=tl.PropagateNan.ALL)
         old, new = tl.exp(top - higher), tl.exp(scores - higher)
         top, sum = higher, sum * old + new
-        v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
-        y = y * old[:, None, :] + v * new[:, None, :]
-    y = y / sum[:, None, :]
-    store_groups(output, y, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
-    present = mask[:, None] & (column3 < G)[None, :]
-    tl.store(normalizer + lane[:, None] * G + column3[None, :], top + tl.log(sum), mask=present)
+        v = _load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
+        y = y * old[None, :, :] + v * new[None, :, :]
+    y = y / sum[None, :, :]
+    _store_groups(output, y, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
+    present = mask[None, :] & (column3 < G)[:, None]
+    tl.store(normalizer + lane[None, :] * G + column3[:, None], top + tl.log(sum), mask=present)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -371,15 +410,15 @@ def observe(
     _, mask, image, out = lookers(total, rows, columns, LANES)
     row, col = out // columns * STRIDE, out % columns * STRIDE
     size, centre = height * width, row * width + col
-    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    q = _load(query, image, centre, column, size, mask, R, LAST)
     looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
     moments += tl.program_id(0).to(tl.int64) * 2 * (D if LAYERS == 0 else O1 if LAYERS == 1 else O2)
     if LAYERS == 0:
-        mean, deviation = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
-        extra_mean, extra_deviation = tl.zeros([LANES, _EXTRAS], tl.float32), tl.zeros([LANES, _EXTRAS], tl.float32)
+        mean, deviation = tl.zeros([BLOCK_R, LANES], tl.float32), tl.zeros([BLOCK_R, LANES], tl.float32)
+        extra_mean, extra_deviation = tl.zeros([_EXTRAS, LANES], tl.float32), tl.zeros([_EXTRAS, LANES], tl.float32)
         for number in range(K):
             pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
-            k = load_channels(key, image, pixel, column, size, inside & mask, R, LAST)
+            k = _load(key, image, pixel, column, size, inside & mask, R, LAST)
             seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
             if HAS_PAIRS:
                 mean, deviation = _observed(mean, deviation, _pairs(q, k, RELATION), number + 1.0)
@@ -398,13 +437,13 @@ def observe(
         extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
         extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
         extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-        start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+        start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
         if RELATION == "concatenation":
-            start += _looks(q, gamma, column, column1, R, D, O1, True, MODE)
-        mean, deviation = tl.zeros([LANES, BLOCK_2], tl.float32), tl.zeros([LANES, BLOCK_2], tl.float32)
+            start = start + _looks(q, gamma, column, column1, R, D, O1, True, MODE)
+        mean, deviation = tl.zeros([BLOCK_2, LANES], tl.float32), tl.zeros([BLOCK_2, LANES], tl.float32)
         for number in range(K):
             pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
-            k = load_channels(key, image, pixel, column, size, inside & mask, R, LAST)
+            k = _load(key, image, pixel, column, size, inside & mask, R, LAST)
             seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
             z = _first(
                 _pairs(q, k, RELATION),
@@ -428,48 +467,49 @@ def observe(
 
 
 @triton.jit
-def _rows(x, column, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """One column of a tile: [lanes]."""
-    picked = tl.arange(0, BLOCK)[None, :] == column
-    return tl.sum(tl.where(picked, x, 0.0), 1)
+def _first_of(extras):
+    """The first row of a tile of extras: [1, lanes]."""
+    return tl.sum(tl.where(tl.arange(0, _EXTRAS)[:, None] == 0, extras, 0.0), 0)[None, :]
 
 
 @triton.jit
 def _back_to_first(
     gradient, z1, z2, z3, gamma, slopes, valid, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
 ):
-    """Gradient of γ's last output → those of z_1, z_2, z_3, with what BatchNorm's statistics give if SLOPES.
+    """Gradient of γ's last output → those of z_1, z_2, z_3, and of what the ReLUs of layers 2 and 3 were given.
 
-    Those of layers that there are not are what comes in.
+    With SLOPES, what reaches z_1 and z_2 through BatchNorm's statistics is part of theirs. Those of layers that there
+    are not are what comes in.
     """
-    of3, of2 = gradient, gradient
+    of3, of2, passed3 = gradient, gradient, gradient
     if LAYERS > 2:
         at3: tl.constexpr = layer_at(3, D, O1, O2)
         scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
         weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
-        passed = _passed(product(of3, tl.trans(weight3), MODE), z2, scale3, shift3, True)
-        of2 = _scaled(passed, scale3, True)
+        passed3 = _passed(product(tl.trans(weight3), of3, MODE), z2, scale3, shift3, True)
+        of2 = _scaled(passed3, scale3, True)
         if SLOPES:
             where3: tl.constexpr = slopes_at(3, D, O1)
-            of2 += _statistics(z2, slopes, where3, column2, valid, O2)
-    of1 = of2
+            of2 += _statistics(z2, slopes, O2, where3, column2, valid, O2)
+    of1, passed2 = of2, of2
     if LAYERS > 1:
         at2: tl.constexpr = layer_at(2, D, O1, O2)
         scale2, shift2 = _load_vector(gamma, at2, column1, O1), _load_vector(gamma, at2 + O1, column1, O1)
         weight2 = _load_weight(gamma + at2 + 2 * O1, 0, column1, column2, O1, O1, O2)
-        passed2 = _passed(product(of2, tl.trans(weight2), MODE), z1, scale2, shift2, True)
+        passed2 = _passed(product(tl.trans(weight2), of2, MODE), z1, scale2, shift2, True)
         of1 = _scaled(passed2, scale2, True)
         if SLOPES:
             where2: tl.constexpr = slopes_at(2, D, O1)
-            of1 += _statistics(z1, slopes, where2, column1, valid, O1)
-    return of1, of2, of3
+            of1 += _statistics(z1, slopes, O1, where2, column1, valid, O1)
+    return of1, of2, of3, passed2, passed3
 
 
 @triton.jit
-def _statistics(x, slopes, first, column, valid, WIDTH: tl.constexpr):
-    """slope · x + intercept: the gradient that reaches a sample through BatchNorm's statistics."""
-    slope, intercept = _load_vector(slopes, first, column, WIDTH), _load_vector(slopes, first + WIDTH, column, WIDTH)
-    return tl.where(valid[:, None], x * slope[None, :] + intercept[None, :], 0.0)
+def _statistics(x, slopes, ALL: tl.constexpr, first, column, valid, WIDTH: tl.constexpr):
+    """slope · x + intercept, the gradient that reaches a sample through BatchNorm's statistics; ALL slopes of a layer
+    come before its intercepts, and those of x lie at `first`."""
+    slope, intercept = _load_vector(slopes, first, column, WIDTH), _load_vector(slopes, first + ALL, column, WIDTH)
+    return tl.where(valid[None, :], x * slope[:, None] + intercept[:, None], 0.0)
 
 
 @triton.jit
@@ -477,6 +517,18 @@ def _add(to, x, mask, ACCUMULATE: tl.constexpr):
     if ACCUMULATE:
         x += tl.load(to, mask=mask, other=0.0)
     tl.store(to, x, mask=mask)
+
+
+@triton.jit
+def _agreement(
+    first, pixel, size, second, out, outs, image, mask, group, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST
+):
+    """Σ over a group's members of a map at some pixels times another one at others: [lanes, groups]."""
+    sum = tl.zeros([group.shape[0], pixel.shape[0]], tl.float32)
+    for member in range(SHARE):
+        a = _load_member(first, image, pixel, member, group, size, mask, GROUPS, SHARE, LAST)
+        sum += a * _load_member(second, image, out, member, group, outs, mask, GROUPS, SHARE, LAST)
+    return sum
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -517,16 +569,14 @@ def attend_backward_query(
     ONCE: tl.constexpr,
     LAST: tl.constexpr,
     MODE: tl.constexpr,
-    SIZE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_1: tl.constexpr,
     BLOCK_2: tl.constexpr,
     BLOCK_3: tl.constexpr,
-    BLOCK_S: tl.constexpr,
 ):
-    """Gradients that the looking pixels own: of query [B · P, R], position [B · P, 2], and γ's packed parameters as
-    `sums` [programs, SIZE].
+    """Gradients that the looking pixels own: of query [B · P, R], position [B · P, 2], and the first layer's scale and
+    shift as `sums` [programs, 2, D].
 
     With ATTEND from that of y; writes Σ y · dy of every group to `delta`. Without, from slope · z_LAYERS + intercept,
     which reaches what a BatchNorm takes its statistics from, and is added to the gradients of query and position.
@@ -541,65 +591,47 @@ def attend_backward_query(
     EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
     column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
     column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
-    member = tl.arange(0, BLOCK_S)
     lane, mask, image, out = lookers(total, rows, columns, LANES)
     row, col = out // columns * STRIDE, out % columns * STRIDE
     size, centre = height * width, row * width + col
     scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
     extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
     extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
-    q = load_channels(query, image, centre, column, size, mask, R, LAST)
+    q = _load(query, image, centre, column, size, mask, R, LAST)
     looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
     if LAYERS > 0:
         weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
         extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-        start = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
+        start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
         if RELATION == "concatenation":
-            start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
-        weight_sum = tl.zeros([BLOCK_R, BLOCK_1], tl.float32)
-        extra_weight_sum = tl.zeros([_EXTRAS, BLOCK_1], tl.float32)
-        sum1 = tl.zeros([LANES, BLOCK_1], tl.float32)
-    if LAYERS > 1:
-        at2: tl.constexpr = layer_at(2, D, O1, O2)
-        scale2, shift2 = _load_vector(gamma, at2, column1, O1), _load_vector(gamma, at2 + O1, column1, O1)
-        weight2 = _load_weight(gamma + at2 + 2 * O1, 0, column1, column2, O1, O1, O2)
-        weight_sum2 = tl.zeros([BLOCK_1, BLOCK_2], tl.float32)
-        sum2 = tl.zeros([LANES, BLOCK_2], tl.float32)
-        scale_sum2, shift_sum2 = tl.zeros([LANES, BLOCK_1], tl.float32), tl.zeros([LANES, BLOCK_1], tl.float32)
-    if LAYERS > 2:
-        at3: tl.constexpr = layer_at(3, D, O1, O2)
-        scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
-        weight3 = _load_weight(gamma + at3 + 2 * O2, 0, column2, column3, O2, O2, O3)
-        weight_sum3 = tl.zeros([BLOCK_2, BLOCK_3], tl.float32)
-        sum3 = tl.zeros([LANES, BLOCK_3], tl.float32)
-        scale_sum3, shift_sum3 = tl.zeros([LANES, BLOCK_2], tl.float32), tl.zeros([LANES, BLOCK_2], tl.float32)
+            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+            sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
     if ATTEND:
-        groups = mask[:, None] & (column3 < G)[None, :]
-        top = tl.load(normalizer + lane[:, None] * G + column3[None, :], mask=groups, other=float("inf"))
-        dy = load_groups(gradient, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
-        y = load_groups(output, image, out, member, column3, rows * columns, mask, G, SHARE, LAST)
-        shared = tl.sum(y * dy, 1)
-        tl.store(delta + lane[:, None] * G + column3[None, :], shared, mask=groups)
+        groups = mask[None, :] & (column3 < G)[:, None]
+        top = tl.load(normalizer + lane[None, :] * G + column3[:, None], mask=groups, other=float("inf"))
+        shared = _agreement(
+            output, out, rows * columns, gradient, out, rows * columns, image, mask, column3, G, SHARE, LAST
+        )
+        tl.store(delta + lane[None, :] * G + column3[:, None], shared, mask=groups)
     # Σ of gradients at scale · pairs + shift, and of them times pairs, or the key where that gives both.
-    shift_sum, scale_sum = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
-    extra_shift_sum, extra_scale_sum = tl.zeros([LANES, _EXTRAS], tl.float32), tl.zeros([LANES, _EXTRAS], tl.float32)
+    shift_sum, scale_sum = tl.zeros([BLOCK_R, LANES], tl.float32), tl.zeros([BLOCK_R, LANES], tl.float32)
+    extra_shift_sum, extra_scale_sum = tl.zeros([_EXTRAS, LANES], tl.float32), tl.zeros([_EXTRAS, LANES], tl.float32)
     for number in range(KERNEL * KERNEL):
         pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         inside = inside & mask
-        k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+        if ATTEND:
+            agreement = _agreement(
+                value, pixel, size, gradient, out, rows * columns, image, inside, column3, G, SHARE, LAST
+            )
+        k = _load(key, image, pixel, column, size, inside, R, LAST)
         seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
         pairs = _pairs(q, k, RELATION)
         extras = _extras(q, k, looking, seen, RELATION, POSITION)
         if LAYERS == 0:
             if HAS_PAIRS:
-                slope = _load_vector(slopes, PAIRS, column, R)
-                intercept = _load_vector(slopes, D + PAIRS, column, R)
-                of_pairs = tl.where(mask[:, None], pairs * slope[None, :] + intercept[None, :], 0.0)
+                of_pairs = _statistics(pairs, slopes, D, PAIRS, column, mask, R)
             if HAS_EXTRAS:
-                extra_slope = _load_vector(slopes, EXTRA, extra, EXTRA_WIDTH)
-                extra_intercept = _load_vector(slopes, D + EXTRA, extra, EXTRA_WIDTH)
-                of_extras = extras * extra_slope[None, :] + extra_intercept[None, :]
-                of_extras = tl.where(mask[:, None], of_extras, 0.0)
+                of_extras = _statistics(extras, slopes, D, EXTRA, extra, mask, EXTRA_WIDTH)
         else:
             z1 = _first(
                 pairs,
@@ -618,33 +650,18 @@ def attend_backward_query(
             )
             z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
             if ATTEND:
-                v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
-                of_last = tl.exp(z3 - top) * (tl.sum(v * dy, 1) - shared)
+                of_last = tl.exp(z3 - top) * (agreement - shared)
             else:
-                of_last = _statistics(z3, slopes, 0, column3, mask, O3)
-            of1, of2, of3 = _back_to_first(
+                of_last = _statistics(z3, slopes, O3, 0, column3, mask, O3)
+            of1 = _back_to_first(
                 of_last, z1, z2, z3, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
-            )
-            if LAYERS > 2:
-                sum3 += of3
-                weight_sum3 += product(tl.trans(_activated(z2, scale3, shift3, True)), of3, MODE)
-                passed3 = _passed(product(of3, tl.trans(weight3), MODE), z2, scale3, shift3, True)
-                shift_sum3 += passed3
-                scale_sum3 += passed3 * z2
-            if LAYERS > 1:
-                sum2 += of2
-                weight_sum2 += product(tl.trans(_activated(z1, scale2, shift2, True)), of2, MODE)
-                passed2 = _passed(product(of2, tl.trans(weight2), MODE), z1, scale2, shift2, True)
-                shift_sum2 += passed2
-                scale_sum2 += passed2 * z1
-            sum1 += of1
+            )[0]
+            if RELATION == "concatenation":
+                sum1 += of1
             if HAS_PAIRS:
-                weight_sum += product(tl.trans(_activated(pairs, scale, shift, NORM)), of1, MODE)
-                of_pairs = _passed(product(of1, tl.trans(weight), MODE), pairs, scale, shift, NORM)
+                of_pairs = _passed(product(tl.trans(weight), of1, MODE), pairs, scale, shift, NORM)
             if HAS_EXTRAS:
-                active = _activated(extras, extra_scale, extra_shift, NORM)
-                extra_weight_sum += product(tl.trans(active), of1, MODE)
-                of_extras = product(of1, tl.trans(extra_weight), MODE)
+                of_extras = product(tl.trans(extra_weight), of1, MODE)
                 of_extras = _passed(of_extras, extras, extra_scale, extra_shift, NORM)
         if HAS_PAIRS:
             shift_sum += of_pairs
@@ -653,7 +670,7 @@ def attend_backward_query(
             extra_shift_sum += of_extras
             extra_scale_sum += of_extras * extras
             if RELATION == "dot":
-                scale_sum += _rows(of_extras, 0, LANES, _EXTRAS)[:, None] * k
+                scale_sum += _first_of(of_extras) * k
     SCALED: tl.constexpr = NORM and LAYERS > 0
     of_query = _scaled(shift_sum, scale, SCALED)
     if RELATION == "hadamard":
@@ -665,45 +682,204 @@ def attend_backward_query(
     if RELATION == "concatenation":
         if LAYERS == 0:
             slope, intercept = _load_vector(slopes, 0, column, R), _load_vector(slopes, D, column, R)
-            of_query = tl.where(mask[:, None], (q * slope[None, :] + intercept[None, :]) * (KERNEL * KERNEL), 0.0)
+            of_query = tl.where(mask[None, :], (q * slope[:, None] + intercept[:, None]) * (KERNEL * KERNEL), 0.0)
         else:
             own_scale, own_shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
             own_weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
-            own_sum = product(tl.trans(_activated(q, own_scale, own_shift, NORM)), sum1, MODE)
-            passed = _passed(product(sum1, tl.trans(own_weight), MODE), q, own_scale, own_shift, NORM)
+            passed = _passed(product(tl.trans(own_weight), sum1, MODE), q, own_scale, own_shift, NORM)
             of_query = _scaled(passed, own_scale, NORM)
-    present = mask[:, None] & (column < R)[None, :]
-    _add(query_gradient + lane[:, None] * R + column[None, :], of_query, present, not ATTEND)
+    present = mask[None, :] & (column < R)[:, None]
+    _add(query_gradient + lane[None, :] * R + column[:, None], of_query, present, not ATTEND)
     if POSITION != "none":
         of_position = _scaled(extra_shift_sum, extra_scale, SCALED)
         axis = extra - FIRST
-        present = mask[:, None] & ((axis >= 0) & (axis < 2))[None, :]
-        _add(position_gradient + lane[:, None] * 2 + axis[None, :], of_position, present, not ATTEND)
+        present = mask[None, :] & ((axis >= 0) & (axis < 2))[:, None]
+        _add(position_gradient + lane[None, :] * 2 + axis[:, None], of_position, present, not ATTEND)
     if LAYERS > 0:
-        sums += tl.program_id(0).to(tl.int64) * SIZE
+        sums += tl.program_id(0).to(tl.int64) * 2 * D
         if HAS_PAIRS:
-            tl.store(sums + PAIRS + column, tl.sum(scale_sum, 0), mask=column < R)
-            tl.store(sums + D + PAIRS + column, tl.sum(shift_sum, 0), mask=column < R)
-            _store_weight(sums + 2 * D, weight_sum, PAIRS, column, column1, D, R, O1)
+            tl.store(sums + PAIRS + column, tl.sum(scale_sum, 1), mask=column < R)
+            tl.store(sums + D + PAIRS + column, tl.sum(shift_sum, 1), mask=column < R)
         if HAS_EXTRAS:
-            tl.store(sums + EXTRA + extra, tl.sum(extra_scale_sum, 0), mask=extra < EXTRA_WIDTH)
-            tl.store(sums + D + EXTRA + extra, tl.sum(extra_shift_sum, 0), mask=extra < EXTRA_WIDTH)
-            _store_weight(sums + 2 * D, extra_weight_sum, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+            tl.store(sums + EXTRA + extra, tl.sum(extra_scale_sum, 1), mask=extra < EXTRA_WIDTH)
+            tl.store(sums + D + EXTRA + extra, tl.sum(extra_shift_sum, 1), mask=extra < EXTRA_WIDTH)
         if RELATION == "concatenation":
-            tl.store(sums + column, tl.sum(passed * q, 0), mask=column < R)
-            tl.store(sums + D + column, tl.sum(passed, 0), mask=column < R)
-            _store_weight(sums + 2 * D, own_sum, 0, column, column1, D, R, O1)
-        tl.store(sums + 2 * D + O1 * D + column1, tl.sum(sum1, 0), mask=column1 < O1)
-    if LAYERS > 1:
-        tl.store(sums + at2 + column1, tl.sum(scale_sum2, 0), mask=column1 < O1)
-        tl.store(sums + at2 + O1 + column1, tl.sum(shift_sum2, 0), mask=column1 < O1)
+            tl.store(sums + column, tl.sum(passed * q, 1), mask=column < R)
+            tl.store(sums + D + column, tl.sum(passed, 1), mask=column < R)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attend_backward_mapping(
+    query,
+    key,
+    value,
+    position,
+    gamma,
+    slopes,
+    gradient,
+    normalizer,
+    delta,
+    sums,
+    total,
+    height,
+    width,
+    rows,
+    columns,
+    tiles,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
+    R: tl.constexpr,
+    SHARE: tl.constexpr,
+    G: tl.constexpr,
+    O1: tl.constexpr,
+    O2: tl.constexpr,
+    O3: tl.constexpr,
+    LAYERS: tl.constexpr,
+    NORM: tl.constexpr,
+    ATTEND: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ONCE: tl.constexpr,
+    LAST: tl.constexpr,
+    MODE: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
+    BLOCK_3: tl.constexpr,
+):
+    """Gradients of the packed parameters of γ's layers FROM to TO, but for the first layer's scale and shift, from
+    `tiles` tiles of looking pixels: `sums` [programs, SIZE].
+
+    With ATTEND from that of y, of which `attend_backward_query` has written `delta`; without, from slope · z_LAYERS +
+    intercept.
+    """
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    HAS_PAIRS: tl.constexpr = RELATION != "dot"
+    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
+    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
+    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
+    column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
+    # Products of half precision sum over at least 16 lanes, those of tf32 over 8.
+    SUMS: tl.constexpr = "tf32" if LANES < 16 and MODE != "ieee" else MODE
+    size = height * width
+    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
+    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+    bias = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+    if FROM == 1:
+        weight_sum, own_sum = tl.zeros([BLOCK_1, BLOCK_R], tl.float32), tl.zeros([BLOCK_1, BLOCK_R], tl.float32)
+        extra_weight_sum, bias_sum = tl.zeros([BLOCK_1, _EXTRAS], tl.float32), tl.zeros([BLOCK_1], tl.float32)
+    if FROM <= 2 and TO >= 2:
+        at2: tl.constexpr = layer_at(2, D, O1, O2)
+        scale2, shift2 = _load_vector(gamma, at2, column1, O1), _load_vector(gamma, at2 + O1, column1, O1)
+        weight_sum2, bias_sum2 = tl.zeros([BLOCK_2, BLOCK_1], tl.float32), tl.zeros([BLOCK_2], tl.float32)
+        scale_sum2, shift_sum2 = tl.zeros([BLOCK_1], tl.float32), tl.zeros([BLOCK_1], tl.float32)
+    if TO > 2:
+        at3: tl.constexpr = layer_at(3, D, O1, O2)
+        scale3, shift3 = _load_vector(gamma, at3, column2, O2), _load_vector(gamma, at3 + O2, column2, O2)
+        weight_sum3, bias_sum3 = tl.zeros([BLOCK_3, BLOCK_2], tl.float32), tl.zeros([BLOCK_3], tl.float32)
+        scale_sum3, shift_sum3 = tl.zeros([BLOCK_2], tl.float32), tl.zeros([BLOCK_2], tl.float32)
+    for tile in range(tl.program_id(0) * tiles, tl.program_id(0) * tiles + tiles):
+        lane, mask, image, out = tile_of(tile, total, rows, columns, LANES)
+        row, col = out // columns * STRIDE, out % columns * STRIDE
+        centre = row * width + col
+        q = _load(query, image, centre, column, size, mask, R, LAST)
+        looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+        start = bias
+        if RELATION == "concatenation":
+            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+        sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
+        if ATTEND:
+            groups = mask[None, :] & (column3 < G)[:, None]
+            top = tl.load(normalizer + lane[None, :] * G + column3[:, None], mask=groups, other=float("inf"))
+            shared = tl.load(delta + lane[None, :] * G + column3[:, None], mask=groups, other=0.0)
+        for number in range(KERNEL * KERNEL):
+            pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
+            inside = inside & mask
+            if ATTEND:
+                agreement = _agreement(
+                    value, pixel, size, gradient, out, rows * columns, image, inside, column3, G, SHARE, LAST
+                )
+            k = _load(key, image, pixel, column, size, inside, R, LAST)
+            seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+            pairs = _pairs(q, k, RELATION)
+            extras = _extras(q, k, looking, seen, RELATION, POSITION)
+            z1 = _first(
+                pairs,
+                extras,
+                start,
+                scale,
+                shift,
+                weight,
+                extra_scale,
+                extra_shift,
+                extra_weight,
+                HAS_PAIRS,
+                HAS_EXTRAS,
+                NORM,
+                MODE,
+            )
+            z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
+            if ATTEND:
+                of_last = tl.exp(z3 - top) * (agreement - shared)
+            else:
+                of_last = _statistics(z3, slopes, O3, 0, column3, mask, O3)
+            of1, of2, of3, passed2, passed3 = _back_to_first(
+                of_last, z1, z2, z3, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
+            )
+            if TO > 2:
+                bias_sum3 += tl.sum(of3, 1)
+                weight_sum3 += product(of3, tl.trans(_activated(z2, scale3, shift3, True)), SUMS)
+                shift_sum3 += tl.sum(passed3, 1)
+                scale_sum3 += tl.sum(passed3 * z2, 1)
+            if FROM <= 2 and TO >= 2:
+                bias_sum2 += tl.sum(of2, 1)
+                weight_sum2 += product(of2, tl.trans(_activated(z1, scale2, shift2, True)), SUMS)
+                shift_sum2 += tl.sum(passed2, 1)
+                scale_sum2 += tl.sum(passed2 * z1, 1)
+            if FROM == 1:
+                bias_sum += tl.sum(of1, 1)
+            if FROM == 1 and RELATION == "concatenation":
+                sum1 += of1
+            if FROM == 1 and HAS_PAIRS:
+                weight_sum += product(of1, tl.trans(_activated(pairs, scale, shift, NORM)), SUMS)
+            if FROM == 1 and HAS_EXTRAS:
+                active = _activated(extras, extra_scale, extra_shift, NORM)
+                extra_weight_sum += product(of1, tl.trans(active), SUMS)
+        if FROM == 1 and RELATION == "concatenation":
+            own_scale, own_shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
+            own_sum += product(sum1, tl.trans(_activated(q, own_scale, own_shift, NORM)), SUMS)
+    sums += tl.program_id(0).to(tl.int64) * SIZE
+    if FROM == 1 and HAS_PAIRS:
+        _store_weight(sums + 2 * D, weight_sum, PAIRS, column, column1, D, R, O1)
+    if FROM == 1 and HAS_EXTRAS:
+        _store_weight(sums + 2 * D, extra_weight_sum, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+    if FROM == 1 and RELATION == "concatenation":
+        _store_weight(sums + 2 * D, own_sum, 0, column, column1, D, R, O1)
+    if FROM == 1:
+        tl.store(sums + 2 * D + O1 * D + column1, bias_sum, mask=column1 < O1)
+    if FROM <= 2 and TO >= 2:
+        tl.store(sums + at2 + column1, scale_sum2, mask=column1 < O1)
+        tl.store(sums + at2 + O1 + column1, shift_sum2, mask=column1 < O1)
         _store_weight(sums + at2 + 2 * O1, weight_sum2, 0, column1, column2, O1, O1, O2)
-        tl.store(sums + at2 + 2 * O1 + O1 * O2 + column2, tl.sum(sum2, 0), mask=column2 < O2)
-    if LAYERS > 2:
-        tl.store(sums + at3 + column2, tl.sum(scale_sum3, 0), mask=column2 < O2)
-        tl.store(sums + at3 + O2 + column2, tl.sum(shift_sum3, 0), mask=column2 < O2)
+        tl.store(sums + at2 + 2 * O1 + O1 * O2 + column2, bias_sum2, mask=column2 < O2)
+    if TO > 2:
+        tl.store(sums + at3 + column2, scale_sum3, mask=column2 < O2)
+        tl.store(sums + at3 + O2 + column2, shift_sum3, mask=column2 < O2)
         _store_weight(sums + at3 + 2 * O2, weight_sum3, 0, column2, column3, O2, O2, O3)
-        tl.store(sums + at3 + 2 * O2 + O2 * O3 + column3, tl.sum(sum3, 0), mask=column3 < O3)
+        tl.store(sums + at3 + 2 * O2 + O2 * O3 + column3, bias_sum3, mask=column3 < O3)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -775,27 +951,29 @@ def attend_backward_key(
     y, x = own // wide + origin, own % wide + origin
     pixel, inside = source(y - PADDING, x - PADDING, height, width, ZEROS, ONCE)
     inside = inside & mask
-    k = load_channels(key, image, pixel, column, size, inside, R, LAST)
+    k = _load(key, image, pixel, column, size, inside, R, LAST)
     seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
-    v = load_groups(value, image, pixel, member, column3, size, inside, G, SHARE, LAST)
     scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
     weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
     extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
     extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
     extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-    bias = tl.zeros([LANES, BLOCK_1], tl.float32) + _load_vector(gamma, 2 * D + O1 * D, column1, O1)[None, :]
-    of_key = tl.zeros([LANES, BLOCK_R], tl.float32)
-    of_value = tl.zeros([LANES, BLOCK_S, BLOCK_3], tl.float32)
-    of_seen = tl.zeros([LANES, _EXTRAS], tl.float32)
+    bias = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+    of_key = tl.zeros([BLOCK_R, LANES], tl.float32)
+    of_value = tl.zeros([BLOCK_S, BLOCK_3, LANES], tl.float32)
+    of_seen = tl.zeros([_EXTRAS, LANES], tl.float32)
     for number in range(KERNEL * KERNEL):
         row, col, met = reader(y, x, number, rows, columns, KERNEL, STRIDE, DILATION)
         met = met & mask
         centre, out = row * STRIDE * width + col * STRIDE, row * columns + col
-        q = load_channels(query, image, centre, column, size, met, R, LAST)
+        agreement = _agreement(
+            value, pixel, size, gradient, out, rows * columns, image, met & inside, column3, G, SHARE, LAST
+        )
+        q = _load(query, image, centre, column, size, met, R, LAST)
         looking = _load_position(position, centre, size, met, FIRST, POSITION, LANES)
         start = bias
         if RELATION == "concatenation":
-            start += _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
         pairs = _pairs(q, k, RELATION)
         extras = _extras(q, k, looking, seen, RELATION, POSITION)
         z1 = _first(
@@ -815,45 +993,41 @@ def attend_backward_key(
         )
         z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
         reader_of = image * (rows * columns) + out
-        groups = met[:, None] & (column3 < G)[None, :]
-        place_of = reader_of[:, None] * G + column3[None, :]
+        groups = met[None, :] & (column3 < G)[:, None]
+        place_of = reader_of[None, :] * G + column3[:, None]
         top = tl.load(normalizer + place_of, mask=groups, other=float("inf"))
         shared = tl.load(delta + place_of, mask=groups, other=0.0)
-        dy = load_groups(gradient, image, out, member, column3, rows * columns, met, G, SHARE, LAST)
+        dy = _load_groups(gradient, image, out, member, column3, rows * columns, met, G, SHARE, LAST)
         alpha = tl.exp(z3 - top)
-        of_value += alpha[:, None, :] * dy
-        of_last = alpha * (tl.sum(v * dy, 1) - shared)
+        of_value += alpha[None, :, :] * dy
+        of_last = alpha * (agreement - shared)
         of1 = _back_to_first(
             of_last, z1, z2, z3, gamma, slopes, met, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
         )[0]
         if HAS_PAIRS:
-            of_pairs = _passed(product(of1, tl.trans(weight), MODE), pairs, scale, shift, NORM)
+            of_pairs = _passed(product(tl.trans(weight), of1, MODE), pairs, scale, shift, NORM)
             of_pairs = _scaled(of_pairs, scale, NORM)
             if SLOPES:
-                slope, intercept = _load_vector(slopes, PAIRS, column, R), _load_vector(slopes, D + PAIRS, column, R)
-                of_pairs += tl.where(met[:, None], pairs * slope[None, :] + intercept[None, :], 0.0)
+                of_pairs += _statistics(pairs, slopes, D, PAIRS, column, met, R)
             if RELATION == "subtraction":
                 of_pairs = -of_pairs
             if RELATION == "hadamard":
                 of_pairs *= q
             of_key += of_pairs
         if HAS_EXTRAS:
-            of_extras = product(of1, tl.trans(extra_weight), MODE)
+            of_extras = product(tl.trans(extra_weight), of1, MODE)
             of_extras = _scaled(_passed(of_extras, extras, extra_scale, extra_shift, NORM), extra_scale, NORM)
             if SLOPES:
-                extra_slope = _load_vector(slopes, EXTRA, extra, EXTRA_WIDTH)
-                extra_intercept = _load_vector(slopes, D + EXTRA, extra, EXTRA_WIDTH)
-                given = extras * extra_slope[None, :] + extra_intercept[None, :]
-                of_extras += tl.where(met[:, None], given, 0.0)
+                of_extras += _statistics(extras, slopes, D, EXTRA, extra, met, EXTRA_WIDTH)
             of_seen += of_extras
             if RELATION == "dot":
-                of_key += _rows(of_extras, 0, LANES, _EXTRAS)[:, None] * q
-    tl.store(key_gradient + lane[:, None] * R + column[None, :], of_key, mask=mask[:, None] & (column < R)[None, :])
+                of_key += _first_of(of_extras) * q
+    tl.store(key_gradient + lane[None, :] * R + column[:, None], of_key, mask=mask[None, :] & (column < R)[:, None])
     channel = member[:, None] * G + column3[None, :]
-    present = mask[:, None, None] & (member < SHARE)[None, :, None] & (column3 < G)[None, None, :]
-    tl.store(value_gradient + lane[:, None, None] * (G * SHARE) + channel[None, :, :], of_value, mask=present)
+    present = mask[None, None, :] & (member < SHARE)[:, None, None] & (column3 < G)[None, :, None]
+    tl.store(value_gradient + lane[None, None, :] * (G * SHARE) + channel[:, :, None], of_value, mask=present)
     if POSITION != "none":
         axis = extra - SEEN
         of_seen = -of_seen if POSITION == "relative" else of_seen
-        present = mask[:, None] & ((axis >= 0) & (axis < 2))[None, :]
-        tl.store(position_gradient + lane[:, None] * 2 + axis[None, :], of_seen, mask=present)
+        present = mask[None, :] & ((axis >= 0) & (axis < 2))[:, None]
+        tl.store(position_gradient + lane[None, :] * 2 + axis[:, None], of_seen, mask=present)

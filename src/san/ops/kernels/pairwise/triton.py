@@ -60,12 +60,30 @@ class _Plan:
         return self.widths[-1]
 
     @property
+    def share(self) -> int:
+        return self.value.shape[1] // self.groups
+
+    @property
     def relation_channels(self) -> int:
         return self.query.shape[1]
 
-    def lanes(self, *, backward: bool = False) -> int:
-        """Pixels of a program, so few that most kernels compile without spilling registers; see gpu_compile.py."""
-        return launch.lanes(self.total, 16 if backward and self.value.shape[1] > 64 else 32)
+    def tile(self, *, backward: bool = False) -> dict[str, int]:
+        """Pixels of a program and its warps: as many as compile without spilling registers, see gpu_compile.py.
+
+        Rows of products are channels and lie in a warp 16 at a time, so more warps than rows serve only what is not a
+        product.
+        """
+        width = max(self.relation_channels, *self.widths[1:])
+        warps = 2 if width <= 16 else 4 if width <= 64 else 8
+        if not backward:
+            return {"LANES": launch.lanes(self.total, 16), "num_warps": warps}
+        lanes = 8 if width > 64 and launch.sums_of_eight() else 16
+        return {"LANES": launch.lanes(self.total, lanes), "num_warps": 4 if width <= 16 else 8}
+
+    def shared_layers(self, layers: int) -> list[tuple[int, int]]:
+        """First and last of the layers whose gradients one kernel's registers hold; wide ones have a kernel each."""
+        wide = max(self.widths) > 32
+        return [(n, n) for n in range(1, layers + 1)] if wide else [(1, layers)]
 
     def parameters(self, layers: int) -> int:
         """Numbers in the packed parameters of the first layers."""
@@ -92,9 +110,8 @@ class _Plan:
             **launch.geometry(self.footprint, *self.query.shape[2:]),
         }
         if value:
-            share = self.value.shape[1] // self.groups
-            found |= {"SHARE": share, "G": self.groups, "BLOCK_S": 1 << (share - 1).bit_length()}
-            found |= {"O3": given[2], "BLOCK_3": block(given[2]), "NORM": self.norm, "num_warps": 8}
+            found |= {"SHARE": self.share, "G": self.groups, "O3": given[2], "BLOCK_3": block(given[2])}
+            found["NORM"] = self.norm
         return found
 
 
@@ -106,14 +123,15 @@ def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: T
     """Moments of z_layers by programs [T, 2, D], and how many samples each has [T]."""
     from san.ops.kernels.pairwise.device import observe
 
-    lanes, total = plan.lanes(), plan.total
+    tile, total = plan.tile(), plan.total
+    lanes = tile["LANES"]
     count = programs(total, lanes)
     parts = torch.zeros((count, 2, plan.widths[layers]), dtype=torch.float32, device=query.device)
     samples = torch.full((count,), lanes, device=query.device)
     if count:
         samples[-1] = total - (count - 1) * lanes
         arguments = (query, key, position, gamma, parts, total, *query.shape[2:], *plan.size)
-        launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), LANES=lanes)
+        launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), **tile)
     return parts, samples * plan.footprint.places
 
 
@@ -173,14 +191,13 @@ def _attend(
     from san.ops.kernels.pairwise.device import attend
 
     output, normalizer = like_value(value, plan.size), floats(query, plan.total, plan.groups)
-    lanes = plan.lanes()
+    tile = plan.tile()
     if plan.total:
         sizes = (plan.total, *query.shape[2:], *plan.size)
         constants = plan.constants(len(plan.widths) - 1, value=True)
-        grid = (programs(plan.total, lanes),)
-        launch.start(
-            attend, grid, query, key, value, position, gamma, output, normalizer, *sizes, **constants, LANES=lanes
-        )
+        grid = (programs(plan.total, tile["LANES"]),)
+        tensors = (query, key, value, position, gamma, output, normalizer)
+        launch.start(attend, grid, *tensors, *sizes, **constants, **tile, BLOCK_S=launch.members(plan.share))
     return output, normalizer
 
 
@@ -281,28 +298,55 @@ class _Walk:
     def _from_queries(self, layers: int, slopes: Tensor, tensors: Any, *, attends: bool) -> None:
         from san.ops.kernels.pairwise.device import attend_backward_query
 
-        plan, lanes = self.plan, self.plan.lanes(backward=True)
-        size, count = plan.parameters(layers), programs(self.plan.total, lanes)
-        sums = floats(self.gamma, count, max(size, 1))
-        if count:
+        plan, width = self.plan, self.plan.widths[0]
+        tile = plan.tile(backward=True)
+        count = programs(plan.total, tile["LANES"])
+        sums = floats(self.gamma, count, 2 * width)
+        if not count:
+            return
+        constants = plan.constants(layers, value=True, backward=True) | {"NORM": plan.norm or not attends}
+        output, gradient, normalizer, delta = tensors
+        launch.start(
+            attend_backward_query,
+            (count,),
+            *(*self.maps, self.position, self.gamma, slopes, output, gradient, normalizer, delta),
+            *(self.of_query, self.of_looking, sums, plan.total, *self.maps[0].shape[2:], *plan.size),
+            **constants,
+            **tile,
+            ATTEND=attends,
+        )
+        if layers:
+            self.sums[: 2 * width] += sums.sum(0, dtype=torch.float64)
+            self._of_mapping(layers, slopes, (gradient, normalizer, delta), constants | {"ATTEND": attends})
+
+    def _of_mapping(self, layers: int, slopes: Tensor, tensors: Any, constants: Any) -> None:
+        """Gradients of the first layers' parameters, but for the very first scale and shift."""
+        from san.ops.kernels.pairwise.device import attend_backward_mapping
+
+        plan, size, start = self.plan, self.plan.parameters(layers), 2 * self.plan.widths[0]
+        tile = plan.tile(backward=True)
+        count, tiles = launch.shares(programs(plan.total, tile["LANES"]), 1)
+        sums = floats(self.gamma, count, size)
+        for first, last in plan.shared_layers(layers):
             launch.start(
-                attend_backward_query,
+                attend_backward_mapping,
                 (count,),
-                *(*self.maps, self.position, self.gamma, slopes, *tensors, self.of_query, self.of_looking, sums),
-                *(plan.total, *self.maps[0].shape[2:], *plan.size),
-                **plan.constants(layers, value=True, backward=True) | {"NORM": plan.norm or not attends},
-                ATTEND=attends,
+                *(*self.maps, self.position, self.gamma, slopes, *tensors, sums),
+                *(plan.total, *self.maps[0].shape[2:], *plan.size, tiles),
+                **constants,
+                FROM=first,
+                TO=last,
                 SIZE=size,
-                LANES=lanes,
+                **tile,
             )
-        self.sums[:size] += sums[:, :size].sum(0, dtype=torch.float64)
+        self.sums[start:size] += sums[:, start:].sum(0, dtype=torch.float64)
 
     def from_keys(self, gradient: Tensor, normalizer: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of key, value and position."""
         from san.ops.kernels.pairwise.device import attend_backward_key
 
         plan, (query, key, value) = self.plan, self.maps
-        border, lanes = Bordered(plan.footprint, *query.shape[2:]), plan.lanes(backward=True)
+        border, tile = Bordered(plan.footprint, *query.shape[2:]), plan.tile(backward=True)
         pixels = border.tall * border.wide
         of_key, of_value, of_seen = (
             floats(query, len(query), pixels, channels) for channels in (key.shape[1], value.shape[1], 2)
@@ -313,13 +357,14 @@ class _Walk:
             total = len(query) * pixels
             launch.start(
                 attend_backward_key,
-                (programs(total, lanes),),
+                (programs(total, tile["LANES"]),),
                 *(*self.maps, self.position, self.gamma, self.gamma if slopes is None else slopes),
                 *(gradient, normalizer, self.delta, of_key, of_value, of_seen, total, *query.shape[2:], *plan.size),
                 *(border.tall, border.wide, border.origin),
                 **plan.constants(len(plan.widths) - 1, value=True, backward=True),
                 SLOPES=slopes is not None,
-                LANES=lanes,
+                **tile,
+                BLOCK_S=launch.members(plan.share),
             )
         of_position = border.back(of_seen.sum(0, keepdim=True), self.position)
         return border.back(of_key, key), border.back(of_value, value), of_position

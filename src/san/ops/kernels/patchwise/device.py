@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from san.ops.kernels.gpu.geometry import load_channels, lookers, place, product, reader, relu, source
+from san.ops.kernels.gpu.geometry import load_channels, lookers, place, product, reader, relu, source, tile_of
 
 __all__ = [
     "hidden",
@@ -112,9 +112,7 @@ def observe(
     count = tl.zeros([LANES], tl.float32)
     first = tl.program_id(1) * tiles
     for tile in range(first, first + tiles):
-        lane = (tile * LANES + tl.arange(0, LANES)).to(tl.int64)
-        mask, image = lane < total, lane // (rows * columns)
-        out = (lane % (rows * columns)).to(tl.int32)
+        _, mask, image, out = tile_of(tile, total, rows, columns, LANES)
         y, x = out // columns * STRIDE, out % columns * STRIDE
         pixel, inside = place(y, x, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         k = load_channels(key, image, pixel, column, height * width, inside & mask, R, LAST)
@@ -224,9 +222,7 @@ def hidden_backward_parameters(
     of_layer = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     of_scale, of_shift = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
     for tile in range(share * tiles, share * tiles + tiles):
-        lane = (tile * LANES + tl.arange(0, LANES)).to(tl.int64)
-        mask, image = lane < total, lane // (rows * columns)
-        out = (lane % (rows * columns)).to(tl.int32)
+        lane, mask, image, out = tile_of(tile, total, rows, columns, LANES)
         y, x = out // columns * STRIDE, out % columns * STRIDE
         pixel, inside = place(y, x, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         k = load_channels(key, image, pixel, column, height * width, inside & mask, R, LAST)

@@ -69,6 +69,7 @@ class _Plan:
             "R": self.channels,
             "LAST": is_last(self.key),
             "LANES": self.lanes(),
+            "num_warps": 4 if self.channels <= 64 else 8,
             "BLOCK_R": block(self.channels),
             **launch.geometry(self.footprint, *self.key.shape[2:]),
         }

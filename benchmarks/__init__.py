@@ -1,0 +1,1 @@
+"""Measurements of this repository: each file is a command, see its first lines."""
