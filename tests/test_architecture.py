@@ -31,6 +31,7 @@ ROWS = [
     ["san.data"],
     ["san.evaluation"],
     ["san.training"],
+    ["san.experiments"],
     ["san.cli", "san.__main__"],
 ]
 EXTRAS = ["lightning", "jsonargparse", "matplotlib", "mlxtend", "rich", "tensorboard"]

@@ -90,6 +90,17 @@ COMMANDS = {
         san benchmark --no-networks --operators --sweep --json
         """,
     ),
+    "reproduce": Command(
+        "san.cli.commands:reproduce",
+        "the paper's tables, on any images",
+        """
+        san reproduce --list                              # what can be asked, and on what
+        san reproduce relation                            # on the embedded digits; minutes
+        san reproduce main --scale cifar10 --only 'ResNet26; SAN10 pairwise' --seeds 3
+        san reproduce footprint mapping --scale tinyimagenet --data tinyimagenet.tar --base san4 --epochs 20
+        san reproduce main --scale imagenet --data imagenet --shard 2/9 --precision bf16-mixed
+        """,
+    ),
     "convert": Command(
         "san.cli.commands:convert",
         "a published checkpoint to a safetensors file",

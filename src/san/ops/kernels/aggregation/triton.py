@@ -50,8 +50,8 @@ class _Plan:
     def sizes(self) -> tuple[int, ...]:
         return self.total, *self.value.shape[2:], *self.size
 
-    def lanes(self) -> int:
-        return launch.lanes(self.total, 16 if self.value.shape[1] > 256 else 32)
+    def lanes(self, total: int | None = None) -> int:
+        return launch.lanes(self.total if total is None else total, 16 if self.value.shape[1] > 256 else 32)
 
     def constants(self, *, backward: bool = False, in_memory: bool = True) -> dict[str, Any]:
         share = self.value.shape[1] // self.groups
@@ -82,7 +82,9 @@ class _Plan:
         found = launch.floats(self.value, len(self.value), border.tall * border.wide, self.value.shape[1])
         if total:
             sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
-            kernel[(programs(total, self.lanes()),)](*arguments, found, *sizes, **self.constants(backward=True))
+            lanes = self.lanes(total)
+            constants = self.constants(backward=True) | {"LANES": lanes}
+            kernel[(programs(total, lanes),)](*arguments, found, *sizes, **constants)
         return border.back(found, self.value)
 
 

@@ -67,18 +67,20 @@ class _Plan:
     def relation_channels(self) -> int:
         return self.query.shape[1]
 
-    def tile(self, *, backward: bool = False) -> dict[str, int]:
-        """Pixels of a program and its warps: as many as compile without spilling registers, see gpu_compile.py.
+    def tile(self, *, backward: bool = False, total: int | None = None) -> dict[str, int]:
+        """Pixels of a program, of `total` or all that look, and its warps: as many as compile without spilling
+        registers, see gpu_compile.py.
 
         Rows of products are channels and lie in a warp 16 at a time, so more warps than rows serve only what is not a
         product.
         """
+        total = self.total if total is None else total
         width = max(self.relation_channels, *self.widths[1:])
         warps = 2 if width <= 16 else 4 if width <= 64 else 8
         if not backward:
-            return {"LANES": launch.lanes(self.total, 16), "num_warps": warps}
+            return {"LANES": launch.lanes(total, 16), "num_warps": warps}
         lanes = 8 if width > 64 and launch.sums_of_eight() else 16
-        return {"LANES": launch.lanes(self.total, lanes), "num_warps": 4 if width <= 16 else 8}
+        return {"LANES": launch.lanes(total, lanes), "num_warps": 4 if width <= 16 else 8}
 
     def shared_layers(self, layers: int) -> list[tuple[int, int]]:
         """First and last of the layers whose gradients one kernel's registers hold; wide ones have a kernel each."""
@@ -346,7 +348,7 @@ class _Walk:
         from san.ops.kernels.pairwise.device import attend_backward_key
 
         plan, (query, key, value) = self.plan, self.maps
-        border, tile = Bordered(plan.footprint, *query.shape[2:]), plan.tile(backward=True)
+        border = Bordered(plan.footprint, *query.shape[2:])
         pixels = border.tall * border.wide
         of_key, of_value, of_seen = (
             floats(query, len(query), pixels, channels) for channels in (key.shape[1], value.shape[1], 2)
@@ -355,6 +357,7 @@ class _Walk:
             of_seen.zero_()
         if plan.total:
             total = len(query) * pixels
+            tile = plan.tile(backward=True, total=total)
             launch.start(
                 attend_backward_key,
                 (programs(total, tile["LANES"]),),

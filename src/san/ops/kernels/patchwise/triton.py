@@ -84,8 +84,9 @@ class _Plan:
         found = floats(self.key, len(self.key), border.tall * border.wide, self.channels)
         if total:
             sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
-            constants |= self.constants(backward=True)
-            kernel[(programs(total, self.lanes()),)](*arguments, found, *sizes, **constants)
+            lanes = launch.lanes(total, 64)
+            constants |= self.constants(backward=True) | {"LANES": lanes}
+            kernel[(programs(total, lanes),)](*arguments, found, *sizes, **constants)
         return border.back(found, self.key)
 
 

@@ -1,0 +1,180 @@
+"""Training every variant of a table once: run folders that any number of processes share and any of them continues.
+
+A variant and a seed are one run folder, named by what was trained and not by the table, so tables share runs. Who works
+on one holds its lock, which the operating system releases when a process dies, also on another machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from re import sub
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from san.errors import UserError
+from san.experiments.tables import SCALES, TABLES, Scale, Variant
+from san.training import train
+from san.training.folder import RunFolder
+from san.training.settings import OF_THE_MACHINE
+from san.weights import NETWORKS
+
+__all__ = ["Campaign", "Run", "chosen", "scale_of", "shard_of"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant trained with one seed: its folder, and the arguments of `train`."""
+
+    variant: Variant
+    seed: int
+    folder: RunFolder
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """Runs of a scale below `folder`; `settings` are added to the scale's own, and `data` replaces the scale's.
+
+    Raises `UserError` where the scale does not know its data.
+    """
+
+    scale: Scale
+    folder: Path
+    data: str | None
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.data is None and self.scale.data is None:
+            raise UserError(
+                f"this scale's images do not come with the package ({self.scale.summary}): give --data WHERE"
+            )
+
+    def runs(self, variants: Sequence[Variant], seeds: int) -> list[Run]:
+        """Every variant with seeds 0 to `seeds` − 1, seed by seed."""
+        return [self._run(variant, seed) for seed in range(seeds) for variant in variants]
+
+    def _run(self, variant: Variant, seed: int) -> Run:
+        model, options = variant.resolve(self.scale)
+        name = "-".join([model, *(f"{key}-{_word(value)}" for key, value in sorted(options.items()))])
+        folder = RunFolder(self.folder / "runs" / f"{name}-seed{seed}")
+        settings = {
+            **self.scale.settings,
+            **self.settings,
+            "data": self.data or self.scale.data,
+            "model": model,
+            "options": options,
+            "seed": seed,
+        }
+        return Run(variant, seed, folder, settings)
+
+    def train(self, runs: Sequence[Run]) -> tuple[list[Run], dict[str, str]]:
+        """Train what is not finished; gives the runs that others work on, and what went wrong with a run, by its name.
+
+        What `train` says goes to standard error.
+        """
+        busy: list[Run] = []
+        failed: dict[str, str] = {}
+        for number, run in enumerate(runs, 1):
+            if run.folder.finished:
+                _check_same(run)
+                continue
+            with self.locked(run.folder.path.name) as mine:
+                if not mine:
+                    busy.append(run)
+                    continue
+                print(f"[{number}/{len(runs)}] {run.variant.label}, seed {run.seed}", file=sys.stderr, flush=True)
+                try:
+                    _train(run)
+                except UserError as error:
+                    failed[run.folder.path.name] = str(error)
+                    print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
+        return busy, failed
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[bool]:
+        """Whether the lock of this name is ours, until the end of the block."""
+        place = self.folder / "locks"
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / f"{name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def _word(value: Any) -> str:
+    return sub(r"[^A-Za-z0-9.]+", "-", str(value)).strip("-").lower()
+
+
+def _train(run: Run) -> None:
+    with redirect_stdout(sys.stderr):
+        # Another process may have finished it between the look and the lock.
+        if run.folder.config.is_file():
+            _check_same(run)
+            train(resume=str(run.folder.path))
+        else:
+            train(**run.settings, out=str(run.folder.path))
+
+
+def _check_same(run: Run) -> None:
+    """Raise `UserError` where the folder holds a run of other settings."""
+    stored, given = run.folder.settings(), dict(run.settings)
+    # The same images may lie elsewhere on another machine.
+    for settings in (stored, given):
+        settings["data"] = Path(settings["data"]).name
+    for name, value in given.items():
+        if (name == "data" or name not in OF_THE_MACHINE) and stored.get(name) != value:
+            raise UserError(
+                f"{run.folder.path} was trained with {name} {stored.get(name)}, not {value}: choose another --out"
+            )
+
+
+def chosen(table: str, only: Sequence[str] = ()) -> tuple[Variant, ...]:
+    """The variants of a table, or those whose labels `only` names, whatever the case.
+
+    Raises:
+        UserError: There is no such table or label.
+    """
+    if table not in TABLES:
+        raise UserError(f"table {table!r} is unknown; choose among: {', '.join(TABLES)}")
+    variants = {variant.label.lower(): variant for variant in TABLES[table].variants}
+    if unknown := [label for label in only if label.lower() not in variants]:
+        labels = "; ".join(variant.label for variant in variants.values())
+        raise UserError(f"table {table} has no row {unknown[0]!r}; its rows are: {labels}")
+    return tuple(variants[label.lower()] for label in only) or TABLES[table].variants
+
+
+def shard_of(runs: Sequence[Run], shard: str) -> list[Run]:
+    """The i-th of n parts of the runs, i from 0, for "i/n".
+
+    Raises:
+        UserError: `shard` is not of this form.
+    """
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--shard must be i/n with i from 0 to n − 1, such as 0/4, not {shard}")
+    return list(runs[int(number) :: int(count)])
+
+
+def scale_of(name: str, base: str | None = None, small_images: bool | None = None) -> Scale:
+    """A scale by its name, with another base network or halving if given.
+
+    Raises:
+        UserError: There is no such scale or base network.
+    """
+    if base is not None and base not in NETWORKS:
+        raise UserError(f"base network {base!r} is unknown; choose among: {', '.join(NETWORKS)}")
+    if name not in SCALES:
+        raise UserError(f"scale {name!r} is unknown; choose among: {', '.join(SCALES)}")
+    changes = {"base": base, "small_images": small_images}
+    return replace(SCALES[name], **{key: value for key, value in changes.items() if value is not None})

@@ -1,0 +1,131 @@
+"""A table for people: columns as text, the page in Markdown with its chart, and the numbers beside it as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+
+from san.experiments.results import ITERATIONS, agreement, order
+from san.experiments.tables import REPORTED
+from san.training.folder import replacing
+
+__all__ = ["as_markdown", "columns", "write"]
+
+_VIEWS = ("0°", "90°", "180°", "270°", "upside-down")
+
+
+def columns(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The table's rows as text, one column for each thing measured."""
+    return [_row(row, result) for row in result["rows"]]
+
+
+def _row(row: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
+    means = row["means"]
+    cells = {"variant": row["label"]}
+    cells["params (M)"] = f"{means['params'] / 1e6:.2f}" if means else ""
+    cells["cost (G)"] = f"{means['paper_cost'] / 1e9:.3g}" if means else ""
+    if result["measures"] == "accuracy":
+        cells |= {"top-1": _spread(row, "top1"), "top-5": _spread(row, "top5")}
+        cells["ms/step"] = f"{means['step_ms']:.0f}" if means else ""
+    if result["measures"] == "rotation":
+        cells |= {view: _spread(row, view) for view in _VIEWS}
+    if result["measures"] == "pgd":
+        cells["top-1"] = _spread(row, "top1")
+        for aim in ("targeted", "untargeted"):
+            cells |= {f"{aim} {n}: success": _spread(row, f"{aim} success {n}") for n in ITERATIONS}
+            cells |= {f"{aim} {n}: top-1": _spread(row, f"{aim} top1 {n}") for n in ITERATIONS}
+    if result["table"] == "main":
+        cells["paper: top-1"] = f"{REPORTED[row['label']][0]}" if row["label"] in REPORTED else ""
+    cells["seeds"] = f"{len(row['seeds'])} of {result['wanted']}" + (
+        f", {len(row['failed'])} failed" * bool(row["failed"])
+    )
+    return cells
+
+
+def _spread(row: dict[str, Any], name: str) -> str:
+    if name not in row["means"]:
+        return ""
+    deviation = row["deviations"][name]
+    return f"{row['means'][name]:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def as_markdown(result: dict[str, Any], command: str, picture: str | None = None) -> str:
+    """The page: what was asked and how, the table, the chart, the order, and how to repeat it."""
+    rows = columns(result)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    machine, versions, settings = result["machine"], result["versions"], result["settings"]
+    used = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    software = ", ".join(f"{name} {versions[name]}" for name in ("san", "torch", "python"))
+    how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if key != "data")
+    sections = [
+        f"# {result['title']} on {result['data']}",
+        result["question"],
+        "\n".join(lines),
+        "Percent of test images, last epoch; mean and standard deviation over seeds; cost as the paper counts it, for "
+        "one image of the size trained on; ms/step: the epochs' median, reading and judging images included.",
+        "" if result["complete"] else "Not complete: run the command below again to go on.",
+        _order(result),
+        f"![{result['title'].lower()}]({picture})" if picture else "",
+        f"Settings of every row: {how}; same images, order, augmentation and seeds.",
+        f"{used}; {software}; {result['date'][:10]}.",
+        f"```sh\n{command}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _order(result: dict[str, Any]) -> str:
+    text = "Order by top-1: " + ", ".join(order(result)) + "."
+    if (known := agreement(result)) is None:
+        return text
+    reported, same, pairs = known
+    return f"{text}\n\nReported on ImageNet: {', '.join(reported)}; {same} of {pairs} pairs lie the same way here."
+
+
+def write(result: dict[str, Any], folder: Path, command: str) -> list[Path]:
+    """Write TABLE.md, .json, .png and .svg to the folder; gives their paths."""
+    paths = {kind: folder / f"{result['table']}.{kind}" for kind in ("md", "json", "png", "svg")}
+    for kind in ("png", "svg"):
+        _draw(result, paths[kind])
+    for kind, text in {
+        "json": json.dumps({**result, "command": command}, indent=1, ensure_ascii=False) + "\n",
+        "md": as_markdown(result, command, paths["png"].name),
+    }.items():
+        with replacing(paths[kind]) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return list(paths.values())
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Bars of top-1 with their deviations: one a row, or of every view or number of iterations where there are such."""
+    rows = [row for row in result["rows"] if row["means"]]
+    shown = {
+        "accuracy": {"top-1": "top1"},
+        "rotation": {view: view for view in _VIEWS},
+        "pgd": {f"after {n} iterations": f"untargeted top1 {n}" for n in range(max(ITERATIONS) + 1)},
+    }[result["measures"]]
+    height = 0.8 / len(shown)
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.12 * len(rows) * (2 + len(shown))), layout="constrained")
+    for number, (label, name) in enumerate(shown.items()):
+        places = [place + (number - (len(shown) - 1) / 2) * height for place in range(len(rows))]
+        values = [row["means"].get(name, 0.0) for row in rows]
+        errors = [row["deviations"].get(name) or 0.0 for row in rows]
+        axes.barh(places, values, height, xerr=errors, label=label, error_kw={"capsize": 2, "linewidth": 0.8})
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    if result["measures"] == "accuracy" and rows:
+        lowest = min(row["means"].get("top1", 0.0) - (row["deviations"].get("top1") or 0.0) for row in rows)
+        axes.set_xlim(left=max(0.0, lowest - 5))
+    axes.set(xlabel="top-1, percent", title=f"{result['title']} on {result['data']}")
+    if len(shown) > 1:
+        figure.legend(loc="outside lower center", ncols=len(shown))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    pyplot.close(figure)

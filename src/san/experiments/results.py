@@ -1,0 +1,167 @@
+"""What a table's runs came to: every run's numbers, their mean and standard deviation over seeds, and the order."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from san.checkpoints import load_model
+from san.data import load_dataset
+from san.evaluation.cost import complexity
+from san.evaluation.robustness import Attack, LabelledImages, attack_accuracy, rotation_accuracy
+from san.evaluation.speed.machine import describe_machine, describe_versions
+from san.experiments.campaign import Campaign, Run
+from san.experiments.tables import REPORTED, TABLES
+from san.training.folder import replacing
+
+__all__ = ["ITERATIONS", "agreement", "measured", "order", "summary"]
+
+ITERATIONS = (2, 4)
+"""Iterations of the attack that a table shows; its chart shows all up to the last."""
+
+
+def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float] | None:
+    """What the table tells of a finished run, None if somebody else is measuring it just now.
+
+    Accuracy is that of the last epoch, on test images, or without any on those held out. Rotation and attack are
+    measured once and kept beside the run.
+    """
+    found = {**_accuracy(run), **_cost(run), "step_ms": _step_time(run)}
+    if measures == "accuracy":
+        return found
+    notes = run.folder.path / f"{measures}.json"
+    if not notes.exists():
+        with campaign.locked(run.folder.path.name) as mine:
+            if not mine:
+                return None
+            if not notes.exists():
+                with replacing(notes) as temporary:
+                    temporary.write_text(json.dumps(_robustness(run, measures)))
+    return {**found, **json.loads(notes.read_text())}
+
+
+def _accuracy(run: Run) -> dict[str, float]:
+    notes = run.folder.path / "checkpoints" / "test-last.json"
+    if notes.exists():
+        plain = json.loads(notes.read_text())
+        confusion = np.array(plain["confusion"])
+        images = confusion.sum()
+        return {"top1": 100 * np.trace(confusion) / images, "top5": 100 * sum(plain["in_top5"]) / images}
+    last = _epochs(run)[-1]
+    return {name: float(last[f"validation_{name}"]) for name in ("top1", "top5") if last[f"validation_{name}"]}
+
+
+def _epochs(run: Run) -> list[dict[str, str]]:
+    with run.folder.metrics.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def _step_time(run: Run) -> float:
+    """Milliseconds of a step, the epochs' median; reading and judging images included."""
+    rows = _epochs(run)
+    each = int(rows[0]["step"]) / int(rows[0]["epoch"])
+    return 1000 * median(float(row["seconds"]) / each for row in rows)
+
+
+def _cost(run: Run) -> dict[str, float]:
+    found = complexity(load_model(run.folder.path))
+    return {"params": found["params"], "paper_cost": found["paper_cost"]}
+
+
+def _robustness(run: Run, measures: str) -> dict[str, float]:
+    """Rotation: top-1 of every view. Attack: success and top-1 of both aims after every number of iterations."""
+    model = load_model(run.folder.path).to("cuda" if torch.cuda.is_available() else "cpu")
+    stored = run.folder.settings()
+    dataset = load_dataset(stored["data"], validation_share=stored["validation_share"], seed=run.seed)
+    examples = LabelledImages(dataset.split("test"), dataset.class_names)
+    if measures == "rotation":
+        return {row["view"]: row["top1"] for row in rotation_accuracy(model, examples)["views"]}
+    found: dict[str, float] = {}
+    for aim in ("untargeted", "targeted"):
+        attack = Attack(iterations=max(ITERATIONS), targeted=aim == "targeted", seed=run.seed)
+        for row in attack_accuracy(model, examples, attack)["rows"]:
+            found |= {f"{aim} {key} {row['iterations']}": row[key] for key in ("success", "top1")}
+    return found
+
+
+def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[str, str]) -> dict[str, Any]:
+    """The table as plain data for JSON.
+
+    `rows` have `label`, `model`, `options`, `seeds` (those finished), `means` and `deviations` of every number
+    (deviation None of a single seed), `runs` (folders below the campaign's) and `failed`. Besides: what was asked,
+    settings, `complete`, machine, versions and date.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        row = rows.setdefault(run.variant.label, _empty(run))
+        name = run.folder.path.name
+        if name in failed:
+            row["failed"].append(failed[name])
+        found = measured(run, campaign, TABLES[table].measures) if run.folder.finished else None
+        if found is not None:
+            row["seeds"].append(run.seed)
+            row["runs"].append(str(Path("runs") / name))
+            row["each"].append(found)
+    for row in rows.values():
+        row |= _statistics(row.pop("each"))
+    wanted = {run.seed for run in runs}
+    return {
+        "table": table,
+        "title": TABLES[table].title,
+        "question": TABLES[table].question,
+        "measures": TABLES[table].measures,
+        "data": Path(runs[0].settings["data"]).name,
+        "settings": {key: value for key, value in runs[0].settings.items() if key not in ("model", "options", "seed")},
+        "complete": all(len(row["seeds"]) == len(wanted) for row in rows.values()),
+        "wanted": len(wanted),
+        "rows": list(rows.values()),
+        "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
+        "versions": describe_versions(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _empty(run: Run) -> dict[str, Any]:
+    names = {"label": run.variant.label, "model": run.settings["model"], "options": run.settings["options"]}
+    return {**names, "seeds": [], "runs": [], "failed": [], "each": []}
+
+
+def _statistics(each: list[dict[str, float]]) -> dict[str, Any]:
+    columns = {name: [found[name] for found in each if found.get(name) is not None] for name in (each or [{}])[0]}
+    means = {name: mean(values) for name, values in columns.items() if values}
+    deviations = {name: stdev(columns[name]) if len(columns[name]) > 1 else None for name in means}
+    return {"means": means, "deviations": deviations}
+
+
+def order(result: dict[str, Any]) -> list[str]:
+    """Labels of the rows that have results, best top-1 first."""
+    rows = [row for row in result["rows"] if "top1" in row["means"]]
+    return [row["label"] for row in sorted(rows, key=lambda row: -row["means"]["top1"])]
+
+
+def _pairs(labels: Sequence[str], scores: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Pairs of labels, the better first; none for equals."""
+    for one, other in combinations(labels, 2):
+        if scores[one] != scores[other]:
+            yield (one, other) if scores[one] > scores[other] else (other, one)
+
+
+def agreement(result: dict[str, Any]) -> tuple[list[str], int, int] | None:
+    """Reported order of the rows, how many pairs of rows lie as reported, and of how many; None if nothing is."""
+    ours = {row["label"]: row["means"]["top1"] for row in result["rows"] if "top1" in row["means"]}
+    labels = [label for label in ours if label in REPORTED]
+    if result["table"] != "main" or len(labels) < 2:
+        return None
+    reported = {label: REPORTED[label][0] for label in labels}
+    pairs = list(_pairs(labels, reported))
+    same = sum(ours[better] > ours[worse] for better, worse in pairs)
+    return sorted(labels, key=lambda label: -reported[label]), same, len(pairs)

@@ -1,0 +1,256 @@
+"""The paper's tables: every row can be built, each is trained once, and any number of processes may share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from san.cli import main
+from san.data import load_dataset, make_loader
+from san.errors import UserError
+from san.experiments import SCALES, TABLES, columns, reproduce
+from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
+from san.experiments.results import agreement, order
+from san.models import build_model
+from tiny_run import make_images
+
+TINY = {"epochs": 1, "batch_size": 12, "validation_share": 0.2, "accelerator": "cpu"}
+ROWS = [(table, variant) for table, found in TABLES.items() for variant in found.variants]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("experiments") / "images")
+
+
+@pytest.fixture(scope="module")
+def position(images: Path) -> tuple[dict[str, Any], Path]:
+    """The table `position`, two seeds, trained for an epoch."""
+    out = images.parent / "position"
+    return _position(images, out, seeds=2), out
+
+
+def _position(images: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return reproduce("position", data=str(images), out=out, settings=TINY, **options)
+
+
+def _numbers(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table's rows without what a clock measured."""
+    return [
+        {key: {name: x for name, x in value.items() if name != "step_ms"} if isinstance(value, dict) else value}
+        for row in result["rows"]
+        for key, value in row.items()
+    ]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_of_every_table_is_a_network(scale: str) -> None:
+    for _, variant in ROWS:
+        name, options = variant.resolve(SCALES[scale])
+        with torch.device("meta"):
+            model = build_model(name, 10, options)
+        assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+def test_rows_of_a_table_are_different_networks() -> None:
+    for scale in SCALES.values():
+        for table in TABLES.values():
+            resolved = [variant.resolve(scale) for variant in table.variants]
+            assert all(one not in resolved[:place] for place, one in enumerate(resolved))
+
+
+def test_tables_share_what_they_have_in_common(tmp_path: Path) -> None:
+    campaign = Campaign(SCALES["digits"], tmp_path, None, {})
+    for table, label in {
+        "relation": "pairwise, subtraction",
+        "mapping": "pairwise, LRL",
+        "transformation": "pairwise, different",
+        "footprint": "pairwise, 5×5",
+        "position": "relative",
+        "scalar": "pairwise",
+    }.items():
+        (run,) = campaign.runs(chosen(table, [label]), 1)
+        assert run.folder.path.name == "san4_pairwise-seed0", table
+
+
+def test_footprint_changes_every_stage_but_the_first() -> None:
+    (variant,) = chosen("footprint", ["patchwise, 9×9"])
+    assert variant.resolve(SCALES["imagenet"]) == ("san10_patchwise", {"kernels": [3, 9, 9, 9, 9]})
+    assert variant.resolve(SCALES["digits"]) == ("san4_patchwise", {"kernels": [3, 9, 9]})
+
+
+def test_shards_are_a_partition() -> None:
+    runs = Campaign(SCALES["digits"], Path(), None, {}).runs(TABLES["footprint"].variants, 3)
+    parts = [shard_of(runs, f"{number}/4") for number in range(4)]
+    assert sorted(run.folder.path.name for part in parts for run in part) == sorted(
+        run.folder.path.name for run in runs
+    )
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_table_tells_mean_and_deviation_of_its_runs(position: tuple[dict[str, Any], Path]) -> None:
+    result, out = position
+    assert result["complete"]
+    for row in result["rows"]:
+        top1 = []
+        for name in row["runs"]:
+            notes = json.loads((out / name / "checkpoints" / "test-last.json").read_text())
+            confusion = np.array(notes["confusion"])
+            top1.append(100 * np.diag(confusion).sum() / confusion.sum())
+        assert row["seeds"] == [0, 1]
+        assert row["means"]["top1"] == pytest.approx(np.mean(top1))
+        assert row["deviations"]["top1"] == pytest.approx(np.std(top1, ddof=1))
+    assert [row["top-1"].count("±") for row in columns(result)] == [1, 1, 1]
+    for kind in ("md", "json", "png", "svg"):
+        assert (out / f"position.{kind}").stat().st_size > 100
+
+
+def test_finished_runs_are_not_trained_again(position: tuple[dict[str, Any], Path], images: Path) -> None:
+    result, out = position
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/model.safetensors")}
+    assert len(before) == 6
+    assert _numbers(_position(images, out, seeds=2)) == _numbers(result)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_settings_are_refused(position: tuple[dict[str, Any], Path], images: Path) -> None:
+    _, out = position
+    with pytest.raises(UserError, match="was trained with epochs 1, not 2: choose another --out"):
+        reproduce("position", data=str(images), out=out, settings={**TINY, "epochs": 2})
+    other = make_images(out.parent / "others")
+    with pytest.raises(UserError, match="was trained with data images, not others"):
+        _position(other, out)
+
+
+def test_shards_together_give_the_table_of_one_process(
+    position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
+) -> None:
+    first = _position(images, tmp_path, shard="0/2")
+    assert not first["complete"]
+    assert [row["seeds"] for row in first["rows"]] == [[0], [], [0]]
+    second = _position(images, tmp_path, shard="1/2")
+    assert second["complete"]
+    whole = {row["label"]: row["runs"][0] for row in position[0]["rows"]}
+    for row in second["rows"]:
+        one = load_file(tmp_path / row["runs"][0] / "model.safetensors")
+        other = load_file(position[1] / whole[row["label"]] / "model.safetensors")
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_run_that_another_process_has_is_left_to_it(images: Path, tmp_path: Path) -> None:
+    holder = (
+        "import sys, time; from pathlib import Path; from san.experiments.campaign import Campaign;"
+        "from san.experiments import SCALES\n"
+        f"with Campaign(SCALES['digits'], Path({str(tmp_path)!r}), None, {{}}).locked('san4_pairwise-seed0') as mine:\n"
+        "    print(mine, flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "True"
+        result = _position(images, tmp_path, only=["relative"])
+        assert result["busy"] == 1
+        assert not result["complete"]
+    finally:
+        process.kill()
+        process.wait()
+    # A dead process holds nothing.
+    assert _position(images, tmp_path, only=["relative"])["complete"]
+
+
+def test_every_row_sees_the_same_images_in_the_same_order(images: Path) -> None:
+    dataset = load_dataset(str(images), validation_share=0.2, seed=3)
+    assert dataset.train is not None
+    labels = []
+    for _ in range(2):
+        # What building networks of different sizes leaves behind in PyTorch's generator must not matter.
+        torch.rand(len(labels) * 100 + 1)
+        loader = make_loader(dataset.train, dataset.preprocessing, batch_size=12, training=True, seed=3)
+        labels.append(torch.cat([batch.images.sum((1, 2, 3)) for batch in loader]))
+    assert torch.equal(labels[0], labels[1])
+
+
+def test_rotation_and_attack_are_measured_on_the_trained_networks(images: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"data": str(images), "out": tmp_path, "only": ["ResNet26"], "settings": TINY}
+    rotation, attack = reproduce("rotation", **options), reproduce("pgd", **options)
+    assert rotation["rows"][0]["runs"] == attack["rows"][0]["runs"]
+    assert rotation["rows"][0]["means"]["0°"] == pytest.approx(attack["rows"][0]["means"]["top1"])
+    assert attack["rows"][0]["means"]["untargeted top1 4"] <= attack["rows"][0]["means"]["untargeted top1 0"]
+    assert "targeted 4: success" in columns(attack)[0]
+    assert "upside-down" in columns(rotation)[0]
+
+
+def test_the_order_is_compared_with_the_reported_one() -> None:
+    tops = {"ResNet26": 70.0, "SAN10 pairwise": 69.0, "SAN10 patchwise": 75.0}
+    rows = [{"label": label, "means": {"top1": top1}} for label, top1 in tops.items()]
+    result = {"table": "main", "rows": rows}
+    assert order(result) == ["SAN10 patchwise", "ResNet26", "SAN10 pairwise"]
+    assert agreement(result) == (["SAN10 patchwise", "SAN10 pairwise", "ResNet26"], 2, 3)
+    assert agreement({**result, "table": "relation"}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "TABLES is missing"),
+        (["relations"], "table 'relations' is unknown; choose among: main, "),
+        (["relation", "--scale", "mnist"], "scale 'mnist' is unknown"),
+        (["relation", "--seeds", "0"], "the number of seeds is 0"),
+        (["relation", "--only", "dot"], "table relation has no row 'dot'; its rows are: pairwise, subtraction; "),
+        (["relation", "--shard", "2/2"], "--shard must be i/n"),
+        (["relation", "--base", "resnet"], "base network 'resnet' is unknown"),
+        (["main", "--scale", "imagenet"], "give --data WHERE"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", *words, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("san: error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_the_list_explains_every_table_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{name}: " in text for name in (*TABLES, *SCALES))
+    assert main(["reproduce", "--list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"].keys() == TABLES.keys()
+
+
+def test_scales_can_be_given_another_base() -> None:
+    assert scale_of("tinyimagenet", "san4").base == "san4"
+    (variant,) = chosen("main", ["ResNet26"])
+    assert variant.resolve(scale_of("tinyimagenet", small_images=True))[1] == {"small_images": True}
+
+
+@pytest.mark.long
+def test_killed_at_any_moment_the_table_is_the_same(
+    position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
+) -> None:
+    recipe = {"data": str(images), "out": str(tmp_path), "seeds": 2, "settings": TINY}
+    code = f"from san.experiments import reproduce; reproduce('position', **{recipe!r})"
+    random = np.random.default_rng(time.time_ns())
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        try:
+            process.wait(float(random.uniform(4, 14)))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    result = _position(images, tmp_path, seeds=2)
+    assert result["complete"]
+    assert [row["means"]["top1"] for row in result["rows"]] == [row["means"]["top1"] for row in position[0]["rows"]]
