@@ -22,6 +22,9 @@ from san.errors import UserError
 
 __all__ = ["benchmark", "complexity", "convert", "evaluate", "predict", "reproduce", "robustness"]
 
+# What `san reproduce` hands to `san.training.train`.
+_OF_TRAIN = ("epochs", "batch_size", "image_size", "learning_rate", "workers", "precision", "devices")
+
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -581,6 +584,7 @@ def reproduce(
         list: Explain tables and scales, and train nothing.
         json: Print JSON, an object for each table a line.
     """
+    given = locals()
     from san.experiments import TABLES, reproduce
 
     if list:
@@ -588,14 +592,7 @@ def reproduce(
         return
     if not tables:
         raise UserError(f"TABLES is missing; choose among: {', '.join(TABLES)}, or ask for --list")
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "learning_rate": learning_rate,
-    }
-    settings |= {"workers": workers, "precision": precision, "devices": devices}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {name: given[name] for name in _OF_TRAIN if given[name] is not None}
     command = shlex.join(["san", *sys.argv[1:]])
     for table in tables:
         result = reproduce(
