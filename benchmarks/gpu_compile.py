@@ -46,7 +46,7 @@ RUN = {
     "patchwise_attention": patchwise_host.run,
 }
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-SHOWN = ("R", "G", "GIVEN", "LAYERS", "ATTEND", "LANES", "KERNEL")
+SHOWN = ("R", "G", "GIVEN", "LAYERS", "ATTEND", "FROM", "TO", "LANES", "KERNEL")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
 
@@ -84,9 +84,11 @@ def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
             if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
                 setattr(module, name, Launch(module, name, noted))
                 replaced.append((module, name, kernel))
-    yield
-    for module, name, kernel in replaced:
-        setattr(module, name, kernel)
+    try:
+        yield
+    finally:
+        for module, name, kernel in replaced:
+            setattr(module, name, kernel)
 
 
 def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
@@ -110,11 +112,7 @@ def compiled(launch: dict[str, Any], capability: int) -> dict[str, Any]:
         "kernel": launch["kernel"],
         "form": launch["module"].split(".")[-2],
         "capability": capability,
-        **{
-            key: constants[key]
-            for key in ("R", "G", "GIVEN", "LAYERS", "ATTEND", "LANES", "KERNEL")
-            if key in constants
-        },
+        **{key: constants[key] for key in SHOWN if key in constants},
         "warps": found.metadata.num_warps,
         **usage,
         "shared": found.metadata.shared,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from san.errors import UserError
 from san.ops.footprint import Footprint, Window, coordinates
@@ -99,9 +98,11 @@ class Position:
 
     def map(self, height: int, width: int) -> Tensor:
         """p of every pixel of a map, in at least float32, because p_i − p_j cancels: [1, 2, H, W]."""
-        weight = widened(self.weight)[:, :, None, None]
-        bias = None if self.bias is None else widened(self.bias)
-        return F.conv2d(coordinates(height, width, like=weight), weight, bias)
+        weight = widened(self.weight)
+        x, y = coordinates(height, width, like=weight).unbind(1)
+        # Not a convolution or matrix product, which GPUs may compute in TF32.
+        position = weight[:, :1, None] * x + weight[:, 1:, None] * y
+        return (position if self.bias is None else position + widened(self.bias)[:, None, None])[None]
 
     def relate(self, position: Tensor, window: Window) -> Tensor:
         """Channels to join to δ, from the map p: [1, 2 or 4, K, P]."""

@@ -22,6 +22,8 @@ _SIZES = ["total", "height", "width", "rows", "columns", "tall", "wide", "origin
 @triton.jit
 def _weight_pointers(weight, image, out, number, group, pixels, GROUPS: tl.constexpr, K: tl.constexpr, PIXELS_FIRST):
     """α of one place in memory: [lanes, groups]."""
+    # An image's weights alone can be more than 32 bits count.
+    out, pixels = out.to(tl.int64), tl.cast(pixels, tl.int64)
     start = weight + image.to(tl.int64)[:, None] * (pixels * GROUPS * K)
     column = group[None, :] * K + number
     if PIXELS_FIRST:

@@ -73,7 +73,7 @@ class _Plan:
         """Over all looking pixels."""
         if self.total:
             grid = (programs(self.total, self.lanes()),)
-            kernel[grid](*arguments, *self.sizes, **self.constants(backward=backward))
+            launch.start(kernel, grid, *arguments, *self.sizes, **self.constants(backward=backward))
 
     def launch_bordered(self, kernel: Any, *arguments: Any) -> Tensor:
         """Over all pixels that are looked at; their gradient as a map like value."""
@@ -84,7 +84,7 @@ class _Plan:
             sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
             lanes = self.lanes(total)
             constants = self.constants(backward=True) | {"LANES": lanes}
-            kernel[(programs(total, lanes),)](*arguments, found, *sizes, **constants)
+            launch.start(kernel, (programs(total, lanes),), *arguments, found, *sizes, **constants)
         return border.back(found, self.value)
 
 
@@ -285,7 +285,12 @@ def aggregate_hidden(hidden: Tensor, value: Tensor, geometry: list[int]) -> Tens
 
 def supports(call: AggregationCall) -> str | None:
     """None, or why the kernels cannot run the call."""
-    return launch.refusal(call) or launch.width_refusal(1, call.weight.shape[1], call.value.shape[1])
+    groups = call.weight.shape[1]
+    return (
+        launch.refusal(call)
+        or launch.width_refusal(1, [groups], call.value.shape[1])
+        or launch.memory_refusal(call, groups)
+    )
 
 
 def run(call: AggregationCall) -> Tensor:

@@ -30,6 +30,7 @@ __all__ = [
     "lanes",
     "like_value",
     "members",
+    "memory_refusal",
     "mode",
     "pays",
     "programs",
@@ -44,6 +45,9 @@ __all__ = [
 MAX_LAYERS = 3
 # A tile of a footprint's place must fit into a multiprocessor's registers and shared memory.
 MAX_RELATION, MAX_GROUPS, MAX_VALUE = 128, 128, 1024
+
+# Kilobytes of shared memory that SAN10's layers ask for at most, up to 64 channels and beyond: see gpu_compile.py.
+_SHARED_KB = {torch.bfloat16: (75, 115), torch.float16: (77, 217), torch.float32: (145, 163)}
 
 # Programs that keep every multiprocessor busy.
 _PROGRAMS = 2048
@@ -87,14 +91,34 @@ def _mapping_refusal(mapping: Any) -> str | None:
     return None
 
 
-def width_refusal(relation: int, groups: int, value: int) -> str | None:
-    """None, or which width is too large for a tile."""
-    for name, width, most in (("relation channels", relation, MAX_RELATION), ("weight groups", groups, MAX_GROUPS)):
+def width_refusal(relation: int, widths: Sequence[int], value: int) -> str | None:
+    """None, or which width is too large for a tile; `widths` are what γ's layers give, weight groups last."""
+    limits = (
+        ("relation channels", relation, MAX_RELATION),
+        ("weight groups or channels of γ", max(widths), MAX_GROUPS),
+    )
+    for name, width, most in limits:
         if width > most:
             return f"triton keeps a place of the footprint on the chip, at most {most} {name}, but there are {width}"
-    if value > MAX_VALUE:
-        return f"triton keeps a pixel's output on the chip, at most {MAX_VALUE} channels, but there are {value}"
+    tile = members(value // widths[-1]) * block(widths[-1])
+    if tile > MAX_VALUE:
+        return (
+            f"triton keeps a pixel's output on the chip, at most {MAX_VALUE} channels in groups filled up to 16, but "
+            f"{value} channels in {widths[-1]} groups take {tile}"
+        )
     return None
+
+
+def memory_refusal(call: Any, width: int) -> str | None:
+    """None, or by how much a tile of this relation width or so many groups exceeds the GPU's shared memory."""
+    if not call.value.is_cuda or torch.version.hip is not None:
+        return None
+    properties = torch.cuda.get_device_properties(call.value.device)
+    needed, there = _SHARED_KB[call.value.dtype][width > 64], properties.shared_memory_per_block_optin // 1024
+    if needed <= there:
+        return None
+    dtype = str(call.value.dtype).removeprefix("torch.")
+    return f"triton needs {needed} kB of shared memory for {width} channels in {dtype}, but this GPU has {there} kB"
 
 
 def pays(call: Any) -> bool:
@@ -112,14 +136,15 @@ def laid_out(x: Tensor, last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format).resolve_neg()
 
 
-def mode(x: Tensor, *, backward: bool = False) -> str:
+def mode(x: Tensor, *, backward: bool = False, exact: bool = False) -> str:
     """The precision in which products of γ take their operands, for maps like x; see `geometry.product`.
 
-    Gradients of float16 exceed its range where a scaled loss makes them large, so their products are in tf32.
+    Gradients of float16 exceed its range where a scaled loss makes them large, so their products are in tf32; with
+    `exact` those of all half precision are.
     """
     if x.dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not interpreting() else "ieee"
-    if x.dtype == torch.float16 and backward:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreting() else "ieee"
+    if exact or (backward and x.dtype == torch.float16):
         return "ieee" if interpreting() else "tf32"
     return ("~" if interpreting() else "") + _MODES[x.dtype]
 
@@ -136,7 +161,9 @@ def members(share: int) -> int:
 
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel; type checkers take it for the Python function that it looks like."""
-    kernel[grid](*arguments, **constants)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 def programs(total: int, lanes: int) -> int:
@@ -145,13 +172,11 @@ def programs(total: int, lanes: int) -> int:
 
 
 def lanes(total: int, most: int) -> int:
-    """Pixels of a program, at most `most` and no more than serve `total`: a power of two from 8 or 16 on, of which
-    products take no fewer.
+    """Pixels of a program: `most`, a power of two.
 
-    In the interpreter every program costs milliseconds, whatever its lanes.
+    In the interpreter, where every program costs milliseconds whatever its lanes, as many as serve `total`, up to 1024.
     """
-    most = 1024 if interpreting() else most
-    return max(min(most, 16), min(most, 1 << (total - 1).bit_length()))
+    return max(16, min(1024, 1 << (total - 1).bit_length())) if interpreting() else most
 
 
 @cache

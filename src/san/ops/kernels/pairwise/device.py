@@ -10,6 +10,7 @@ is z_1 = W_1 · δ + b_1. δ has three parts, because products like widths that 
 - pairs, R channels of subtraction, summation, hadamard, or the key's of concatenation;
 - looks, the R channels of concatenation that only the looking pixel decides;
 - extras, up to EXTRAS channels: dot, and position behind all others.
+Tiles are [channels, lanes]: warps share out the rows of a product, and so γ's weights, which each would hold otherwise.
 Legend: R relation width, D δ's width, C value channels, G weight groups, K places, O_l what layer l gives.
 """
 
@@ -39,7 +40,7 @@ __all__ = [
     "observe",
 ]
 
-# Columns of the tile of extras: the least that a product takes.
+# Rows of the tile of extras: the least that a product takes.
 EXTRAS = 16
 _EXTRAS = tl.constexpr(EXTRAS)
 
@@ -80,7 +81,7 @@ def _store_groups(map, x, image, pixel, member, group, size, mask, GROUPS: tl.co
 
 @triton.jit
 def _pairs(query, key, RELATION: tl.constexpr):
-    """The part of δ that is as wide as the key: [lanes, R]."""
+    """The part of δ that is as wide as the key: [R, lanes]."""
     if RELATION == "subtraction":
         return query - key
     if RELATION == "summation":
@@ -92,7 +93,7 @@ def _pairs(query, key, RELATION: tl.constexpr):
 
 @triton.jit
 def _extras(query, key, looking, seen, RELATION: tl.constexpr, POSITION: tl.constexpr):
-    """dot and position: [lanes, EXTRAS], from positions of both pixels that already lie in their columns."""
+    """dot and position: [EXTRAS, lanes], from positions of both pixels that already lie in their rows."""
     extras = tl.zeros(looking.shape, tl.float32)
     if RELATION == "dot":
         first = tl.arange(0, _EXTRAS)[:, None] == 0
@@ -106,7 +107,7 @@ def _extras(query, key, looking, seen, RELATION: tl.constexpr, POSITION: tl.cons
 
 @triton.jit
 def _load_position(position, pixel, size, mask, FIRST: tl.constexpr, POSITION: tl.constexpr, LANES: tl.constexpr):
-    """Position [2, size] of some pixels in columns FIRST and FIRST + 1: [lanes, EXTRAS]."""
+    """Position [2, size] of some pixels in rows FIRST and FIRST + 1: [EXTRAS, lanes]."""
     if POSITION == "none":
         return tl.zeros([_EXTRAS, LANES], tl.float32)
     return _load(position, pixel * 0, pixel, tl.arange(0, _EXTRAS) - FIRST, size, mask, 2, False)
@@ -114,13 +115,13 @@ def _load_position(position, pixel, size, mask, FIRST: tl.constexpr, POSITION: t
 
 @triton.jit
 def _load_vector(vector, first, column, WIDTH: tl.constexpr):
-    """[columns] from `first` on; 0 beyond WIDTH."""
+    """[width] from `first` on; 0 beyond WIDTH."""
     return tl.load(vector + first + column, mask=column < WIDTH, other=0.0)
 
 
 @triton.jit
 def _load_weight(weight, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Columns [first, first + WIDTH) of a Linear's weight [ROWS, COLUMNS], transposed: [columns, rows]."""
+    """Columns [first, first + WIDTH) of a Linear's weight [ROWS, COLUMNS]: [rows, columns]."""
     present = (column < WIDTH)[None, :] & (row < ROWS)[:, None]
     return tl.load(weight + row[:, None] * COLUMNS + first + column[None, :], mask=present, other=0.0)
 
@@ -523,7 +524,7 @@ def _add(to, x, mask, ACCUMULATE: tl.constexpr):
 def _agreement(
     first, pixel, size, second, out, outs, image, mask, group, GROUPS: tl.constexpr, SHARE: tl.constexpr, LAST
 ):
-    """Σ over a group's members of a map at some pixels times another one at others: [lanes, groups]."""
+    """Σ over a group's members of a map at some pixels times another one at others: [groups, lanes]."""
     sum = tl.zeros([group.shape[0], pixel.shape[0]], tl.float32)
     for member in range(SHARE):
         a = _load_member(first, image, pixel, member, group, size, mask, GROUPS, SHARE, LAST)

@@ -94,9 +94,9 @@ class _Plan:
 
     def constants(self, layers: int, *, value: bool, backward: bool = False) -> dict[str, Any]:
         """Constants of a kernel that sees the first layers of γ."""
-        given = [*self.widths[1 : 1 + layers], *[self.widths[min(layers, 1)]] * 3][:3]
-        for n in range(max(layers, 1), 3):
-            given[n] = given[n - 1]
+        # Layers that there are not are as wide as the last, or as δ.
+        given = self.widths[1 : 1 + layers] or self.widths[:1]
+        given = [*given, *given[-1:] * 2][:3]
         found: dict[str, Any] = {
             "RELATION": self.relation,
             "POSITION": self.position,
@@ -105,7 +105,7 @@ class _Plan:
             "O2": given[1],
             "LAYERS": layers,
             "LAST": is_last(self.value),
-            "MODE": mode(self.query, backward=backward),
+            "MODE": mode(self.query, backward=backward, exact=not self.norm),
             "BLOCK_R": block(self.relation_channels),
             "BLOCK_1": block(given[0]),
             "BLOCK_2": block(given[1]),
@@ -129,9 +129,8 @@ def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: T
     lanes = tile["LANES"]
     count = programs(total, lanes)
     parts = torch.zeros((count, 2, plan.widths[layers]), dtype=torch.float32, device=query.device)
-    samples = torch.full((count,), lanes, device=query.device)
+    samples = (total - torch.arange(count, device=query.device) * lanes).clamp(max=lanes)
     if count:
-        samples[-1] = total - (count - 1) * lanes
         arguments = (query, key, position, gamma, parts, total, *query.shape[2:], *plan.size)
         launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), **tile)
     return parts, samples * plan.footprint.places
@@ -317,7 +316,7 @@ class _Walk:
             **tile,
             ATTEND=attends,
         )
-        if layers:
+        if layers and plan.norm:
             self.sums[: 2 * width] += sums.sum(0, dtype=torch.float64)
             self._of_mapping(layers, slopes, (gradient, normalizer, delta), constants | {"ATTEND": attends})
 
@@ -407,8 +406,20 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 
 def supports(call: PairwiseCall) -> str | None:
     """None, or why the kernels cannot run the call."""
-    groups = _widths(call)[-1]
-    return launch.refusal(call) or launch.width_refusal(call.key.shape[1], groups, call.value.shape[1])
+    widths = _widths(call)
+    return (
+        launch.refusal(call)
+        or launch.width_refusal(call.key.shape[1], widths[1:], call.value.shape[1])
+        or launch.memory_refusal(call, max(call.key.shape[1], *widths[1:]))
+        or _group_refusal(call)
+    )
+
+
+def _group_refusal(call: PairwiseCall) -> str | None:
+    layers = call.mapping.layers if isinstance(call.mapping, Mapping) else ()
+    if len({normalization.group_name(layer.norm) for layer in layers if layer.norm.uses_batch}) > 1:
+        return "triton shares the statistics of all of γ's BatchNorms with the same processes, but these differ"
+    return None
 
 
 def _widths(call: PairwiseCall) -> list[int]:

@@ -86,7 +86,7 @@ class _Plan:
             sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
             lanes = launch.lanes(total, 64)
             constants |= self.constants(backward=True) | {"LANES": lanes}
-            kernel[(programs(total, lanes),)](*arguments, found, *sizes, **constants)
+            launch.start(kernel, (programs(total, lanes),), *arguments, found, *sizes, **constants)
         return border.back(found, self.key)
 
 
@@ -290,8 +290,10 @@ def supports(call: PatchwiseCall) -> str | None:
         return refusal
     layers = call.mapping.layers if isinstance(call.mapping, Mapping) else ()
     groups = layers[-1].weight.shape[0] // call.footprint.places if layers else 1
-    hidden = max([groups, *(len(layer.weight) for layer in layers[:-1])])
-    return launch.width_refusal(call.key.shape[1], hidden, call.value.shape[1])
+    widths, relation = [*(len(layer.weight) for layer in layers[:-1]), groups], call.key.shape[1]
+    return launch.width_refusal(relation, widths, call.value.shape[1]) or launch.memory_refusal(
+        call, max(relation, *widths)
+    )
 
 
 def run(call: PatchwiseCall) -> Tensor:
