@@ -82,11 +82,11 @@ def as_markdown(result: dict[str, Any], command: str, picture: str | None = None
 
 
 def _order(result: dict[str, Any]) -> str:
-    text = "Order by top-1: " + ", ".join(order(result)) + "."
+    text = "Order by top-1: " + " > ".join(order(result)) + "."
     if (known := agreement(result)) is None:
         return text
     reported, same, pairs = known
-    return f"{text}\n\nReported on ImageNet: {', '.join(reported)}; {same} of {pairs} pairs lie the same way here."
+    return f"{text}\n\nReported on ImageNet: {' > '.join(reported)}; {same} of {pairs} pairs lie the same way here."
 
 
 def write(result: dict[str, Any], folder: Path, command: str) -> list[Path]:
@@ -116,13 +116,14 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     for number, (label, name) in enumerate(shown.items()):
         places = [place + (number - (len(shown) - 1) / 2) * height for place in range(len(rows))]
         values = [row["means"].get(name, 0.0) for row in rows]
-        errors = [row["deviations"].get(name) or 0.0 for row in rows]
+        # No bar where a single seed has no deviation.
+        errors = [row["deviations"].get(name) or float("nan") for row in rows]
         axes.barh(places, values, height, xerr=errors, label=label, error_kw={"capsize": 2, "linewidth": 0.8})
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axes.invert_yaxis()
     if result["measures"] == "accuracy" and rows:
         lowest = min(row["means"].get("top1", 0.0) - (row["deviations"].get("top1") or 0.0) for row in rows)
-        axes.set_xlim(left=max(0.0, lowest - 5))
+        axes.set_xlim(max(0.0, lowest - 5), 100)
     axes.set(xlabel="top-1, percent", title=f"{result['title']} on {result['data']}")
     if len(shown) > 1:
         figure.legend(loc="outside lower center", ncols=len(shown))
