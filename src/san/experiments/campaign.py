@@ -7,7 +7,7 @@ on one holds its lock, which the operating system releases when a process dies, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +96,7 @@ class Campaign:
         return busy, failed
 
     @contextmanager
-    def locked(self, name: str) -> Iterator[bool]:
+    def locked(self, name: str) -> Generator[bool]:
         """Whether the lock of this name is ours, until the end of the block."""
         place = self.folder / "locks"
         place.mkdir(parents=True, exist_ok=True)
