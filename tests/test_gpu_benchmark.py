@@ -156,21 +156,18 @@ def test_operations_are_those_of_the_formula_done_number_by_number(form: str) ->
 
 @EACH_FORM
 def test_products_are_those_that_the_reference_multiplies(form: str) -> None:
-    """Forward and backward; torch counts two operations to a multiply-add, and position's map as a product too."""
+    """Forward and backward; torch counts two operations to a multiply-add."""
     case = replace(SMALL[form], training=True, position="none") if form == "patchwise" else SMALL[form]
     problem = case.build()
-    position = 2 * 2 * case.height * case.width if form == "pairwise" else 0
     with ops.use_backend("reference"):
         with FlopCounterMode(display=False) as forward:
             y = getattr(ops, problem.operator)(*problem.arguments, **problem.options)
-        assert forward.get_flop_counts()["Global"][torch.ops.aten.convolution] == 2 * (
-            floors.work(case, "inference")[0].products + position
-        )
+        products = floors.work(case, "inference")[0].products
+        assert forward.get_flop_counts()["Global"][torch.ops.aten.convolution] == 2 * products
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y.sum(), list(problem.tensors.values()))
-    products = backward.get_flop_counts()["Global"][torch.ops.aten.convolution_backward]
-    # Coordinates need no gradient, so position's map has one product backward.
-    assert products == 2 * (floors.work(case, "backward")[0].products + position)
+    products = floors.work(case, "backward")[0].products
+    assert backward.get_flop_counts()["Global"][torch.ops.aten.convolution_backward] == 2 * products
 
 
 @EACH_FORM

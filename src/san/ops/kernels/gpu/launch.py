@@ -100,11 +100,13 @@ def width_refusal(relation: int, widths: Sequence[int], value: int) -> str | Non
     for name, width, most in limits:
         if width > most:
             return f"triton keeps a place of the footprint on the chip, at most {most} {name}, but there are {width}"
-    tile = members(value // widths[-1]) * block(widths[-1])
+    # Tracing makes tensors of sizes.
+    share, groups = int(value) // int(widths[-1]), int(widths[-1])
+    tile = members(share) * block(groups)
     if tile > MAX_VALUE:
         return (
             f"triton keeps a pixel's output on the chip, at most {MAX_VALUE} channels in groups filled up to 16, but "
-            f"{value} channels in {widths[-1]} groups take {tile}"
+            f"{value} channels in {groups} groups take {tile}"
         )
     return None
 
