@@ -9,9 +9,10 @@ SHELL := /bin/sh
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Installing again is only needed when what would be installed has changed, the C++ kernels included.
+# Installing again is only needed when what would be installed has changed, the C++ kernels included. An editable
+# installation also remembers which modules there are.
 NATIVE := $(sort $(wildcard $(addprefix src/san/ops/kernels/*/,*.cpp *.h CMakeLists.txt)))
-KEY := $(shell cat pyproject.toml constraints.txt $(NATIVE) | cksum | cut -d' ' -f1)
+KEY := $(shell (cat pyproject.toml constraints.txt $(NATIVE); find src/san -name '*.py' | sort) | cksum | cut -d' ' -f1)
 TRAIN := .venv/.installed-train-$(KEY)
 DEV := .venv/.installed-dev-$(KEY)
 # --compile: importing uncompiled packages takes twice as long, each time.

@@ -43,7 +43,7 @@ COMMANDS = {
         """,
     ),
     "evaluate": Command(
-        "san.cli.commands:evaluate",
+        "san.cli.commands.evaluate:evaluate",
         "accuracy of a trained network on labelled images",
         """
         san evaluate runs/first                           # the test images of the data it was trained on
@@ -52,7 +52,7 @@ COMMANDS = {
         """,
     ),
     "predict": Command(
-        "san.cli.commands:predict",
+        "san.cli.commands.predict:predict",
         "the likeliest classes of images",
         """
         san predict runs/first cat.jpg dog.png
@@ -61,7 +61,7 @@ COMMANDS = {
         """,
     ),
     "robustness": Command(
-        "san.cli.commands:robustness",
+        "san.cli.commands.robustness:robustness",
         "accuracy on rotated images and under attack",
         """
         san robustness runs/first                         # the test images of the data it was trained on
@@ -72,7 +72,7 @@ COMMANDS = {
         """,
     ),
     "complexity": Command(
-        "san.cli.commands:complexity",
+        "san.cli.commands.complexity:complexity",
         "parameters and multiply-adds of networks",
         """
         san complexity                                    # the nine networks that the paper compares
@@ -81,7 +81,7 @@ COMMANDS = {
         """,
     ),
     "benchmark": Command(
-        "san.cli.commands:benchmark",
+        "san.cli.commands.benchmark:benchmark",
         "speed and memory of networks, as ratios to a ResNet",
         """
         san benchmark                                     # both SAN10 against ResNet26; minutes
@@ -91,7 +91,7 @@ COMMANDS = {
         """,
     ),
     "reproduce": Command(
-        "san.cli.commands:reproduce",
+        "san.cli.commands.reproduce:reproduce",
         "the paper's tables, on any images",
         """
         san reproduce --list                              # what can be asked, and on what
@@ -102,7 +102,7 @@ COMMANDS = {
         """,
     ),
     "convert": Command(
-        "san.cli.commands:convert",
+        "san.cli.commands.convert:convert",
         "a published checkpoint to a safetensors file",
         """
         san convert published.pth san10_patchwise.safetensors
