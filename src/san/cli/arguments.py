@@ -35,7 +35,7 @@ def fraction(name: str, word: float | str) -> float:
 
 
 def chosen_device(name: str | None) -> Any:
-    """The `torch.device` of that name, by default the GPU if there is one; `UserError` where there is no such device."""
+    """The `torch.device` of that name, by default the GPU if there is one; `UserError` where it is not there."""
     import torch
 
     if name is None:
