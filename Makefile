@@ -59,7 +59,7 @@ $(TRAIN): | $(BIN)/python
 
 $(DEV): | $(BIN)/python
 	@echo "Installing SAN, training and test tools into .venv (minutes the first time)"
-	@$(INSTALL) -e '.[train,dev]'
+	@$(INSTALL) -e '.[train,export,demo,docs,dev]'
 	@rm -f .venv/.installed-*
 	@touch $(TRAIN) $@
 

@@ -30,11 +30,24 @@ ROWS = [
     ["san.checkpoints"],
     ["san.data"],
     ["san.evaluation"],
+    ["san.attention_maps", "san.export"],
     ["san.training"],
     ["san.experiments"],
+    ["san.demo"],
     ["san.cli", "san.__main__"],
 ]
-EXTRAS = ["lightning", "jsonargparse", "matplotlib", "mlxtend", "rich", "tensorboard"]
+EXTRAS = [
+    "captum",
+    "gradio",
+    "onnx",
+    "onnxruntime",
+    "lightning",
+    "jsonargparse",
+    "matplotlib",
+    "mlxtend",
+    "rich",
+    "tensorboard",
+]
 BEYOND_TORCH = ["timm", "torchvision", "safetensors", "PIL", "huggingface_hub", *EXTRAS]
 
 
