@@ -125,6 +125,31 @@ def test_maps_keep_their_memory_format_without_copies(case: Any, last: bool, mon
     assert all(launch.is_last(x) == last for x in torch.autograd.grad(y.sum(), maps))
 
 
+@pytest.mark.parametrize(
+    ("form", "unwanted"), [("pairwise", "attend_backward_mapping"), ("patchwise", "hidden_backward_parameters")]
+)
+def test_frozen_mappings_cost_no_kernel(form: str, unwanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an attack needs it: running averages, and gradients of the maps alone."""
+    launched: list[str] = []
+    start = launch.start
+
+    def note(kernel: Any, *rest: Any, **options: Any) -> None:
+        launched.append(kernel.__name__)
+        start(kernel, *rest, **options)
+
+    monkeypatch.setattr(launch, "start", note)
+    layer = san.SelfAttentionBlock(32, 3, form).eval().sam
+    x = torch.randn(1, 32, 5, 5, requires_grad=True)
+    found = []
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        launched.clear()
+        with ops.use_backend("triton"):
+            found += torch.autograd.grad(layer(x).sum(), x)
+        assert (unwanted in launched) is not frozen
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("form", ["pairwise", "patchwise"])
 def test_autocast_hands_over_half_precision(form: str) -> None:
     network = san.SelfAttentionBlock(32, 3, form)
@@ -155,6 +180,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(change: dict[str, Any], sent
     problem = replace(FORMS[0], height=2, width=2, **change).build(torch.float32)
     with pytest.raises(ValueError, match=f"backend triton cannot run this call: .*{sentence}"):
         call(problem)
+
+
+def test_an_image_of_too_many_numbers_is_refused_in_a_sentence() -> None:
+    # As large as that without the memory.
+    query, value = (torch.zeros(1, 1, 1, 1).expand(1, channels, 1 << 14, 1 << 14) for channels in (4, 8))
+    sentence = f"at most 2³⁰ numbers an image, but one has {1 << 31}"
+    with ops.use_backend("triton"), pytest.raises(ValueError, match=sentence):
+        ops.pairwise_attention(query, query, value, kernel_size=3)
 
 
 def test_without_a_gpu_it_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -52,6 +53,9 @@ _SHARED_KB = {torch.bfloat16: (75, 115), torch.float16: (77, 217), torch.float32
 # Programs that keep every multiprocessor busy.
 _PROGRAMS = 2048
 
+# Within an image kernels count in 32 bits; half of them leaves room for borders.
+_IMAGE_NUMBERS = 1 << 30
+
 _MODES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -72,6 +76,8 @@ def refusal(call: Any) -> str | None:
             return f"triton runs on GPUs, but the tensors are on {x.device}"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"triton computes in float32, bfloat16 and float16, but a tensor is {x.dtype}"
+        if math.prod(x.shape[1:]) > _IMAGE_NUMBERS:
+            return f"triton takes maps of at most 2³⁰ numbers an image, but one has {math.prod(x.shape[1:])}"
     if (
         call.value.is_cuda
         and torch.version.hip is None

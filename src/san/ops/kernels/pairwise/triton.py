@@ -231,13 +231,17 @@ def _backward(
     geometry: list[int],
     widths: list[int],
     norm: bool,
+    of_mapping: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and position, and of the packed parameters with BatchNorm's own first."""
+    """Gradients of query, key, value and position, and of the packed parameters with BatchNorm's own first.
+
+    Without `of_mapping` those of the parameters are not computed where nothing else needs them, and not to be used.
+    """
     last = is_last(value)
     query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
     gradient, output = laid_out(gradient, last), laid_out(output, last)
     plan = _Plan(query, value, relation, kind, geometry, widths, norm)
-    walk = _Walk(plan, query, key, value, position, gamma)
+    walk = _Walk(plan, query, key, value, position, gamma, of_mapping=of_mapping or any(batch))
     walk.attend(gradient, output, normalizer)
     slopes = _through_statistics(walk, statistics, norm_weights, eps, batch, group)
     of_key, of_value, of_seen = walk.from_keys(gradient, normalizer, slopes)
@@ -276,8 +280,19 @@ class _Walk:
     """The passes of one backward, and the gradients that they add up: of query [B, P, R], of position at the looking
     pixels [B, P, 2], in float32, and of the packed parameters, in float64."""
 
-    def __init__(self, plan: _Plan, query: Tensor, key: Tensor, value: Tensor, position: Tensor, gamma: Tensor) -> None:
+    def __init__(
+        self,
+        plan: _Plan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        position: Tensor,
+        gamma: Tensor,
+        *,
+        of_mapping: bool,
+    ) -> None:
         self.plan, self.maps, self.position, self.gamma = plan, (query, key, value), position, gamma
+        self.of_mapping = of_mapping
         pixels = plan.size[0] * plan.size[1]
         self.of_query = floats(query, len(query), pixels, plan.relation_channels)
         self.of_looking = torch.zeros((len(query), pixels, 2), dtype=torch.float32, device=query.device)
@@ -316,7 +331,7 @@ class _Walk:
             **tile,
             ATTEND=attends,
         )
-        if layers and plan.norm:
+        if layers and plan.norm and self.of_mapping:
             self.sums[: 2 * width] += sums.sum(0, dtype=torch.float64)
             self._of_mapping(layers, slopes, (gradient, normalizer, delta), constants | {"ATTEND": attends})
 
@@ -393,9 +408,10 @@ def _remember(ctx: Any, inputs: Any, output: Any) -> None:
 def _gradients(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
     y, normalizer, gamma, *rest = ctx.saved_tensors
     statistics, maps, weights = rest[: ctx.count], rest[ctx.count : ctx.count + 4], rest[ctx.count + 4 :]
-    *of_maps, packed = _backward(gradient, y, normalizer, gamma, statistics, *maps, weights, *ctx.options)
+    of_mapping = any(ctx.needs_input_grad[4])
+    *of_maps, packed = _backward(gradient, y, normalizer, gamma, statistics, *maps, weights, *ctx.options, of_mapping)
     parts = packed.split([shape.numel() for shape in ctx.shapes])
-    of_parameters = [part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True)]
+    of_parameters = [part.view(shape) if of_mapping else None for part, shape in zip(parts, ctx.shapes, strict=True)]
     # Autograd takes empty lists, whatever of, for lists of tensors.
     nothing = [[] if option == [] else None for option in ctx.options]
     return *of_maps, of_parameters, [None] * ctx.averages, *nothing

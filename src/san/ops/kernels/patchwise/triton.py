@@ -170,14 +170,19 @@ def _backward(
     batch: bool,
     group: str,
     geometry: list[int],
+    of_mapping: bool,
 ) -> list[Tensor]:
-    """Gradients of key, BatchNorm's weight and bias, and matrix."""
+    """Gradients of key, BatchNorm's weight and bias, and matrix; zeros instead of those of γ where nothing needs them,
+    without `of_mapping` and without a batch's statistics."""
     from san.ops.kernels.patchwise.device import hidden_backward_key
 
     key, gradient = laid_out(key, is_last(key)), gradient.contiguous()
     plan = _Plan(key, geometry, len(matrix))
     layer = _layer(matrix, plan.footprint.places)
-    of_matrix, of_affine = _parameter_gradients(plan, gradient, affine, layer)
+    if of_mapping or batch:
+        of_matrix, of_affine = _parameter_gradients(plan, gradient, affine, layer)
+    else:
+        of_matrix, of_affine = torch.zeros_like(matrix), statistics.new_zeros(2, matrix.shape[1])
     back = normalization.back(statistics, norm_weight, eps, *of_affine, batch=batch, group=group)
     slopes = _by_place(torch.stack([back.slope, back.intercept]).float(), plan.footprint.places)
     arguments = (hidden_backward_key, gradient, key, affine, layer, slopes)
@@ -220,7 +225,8 @@ def _remember(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gradients(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *_backward(gradient, *ctx.saved_tensors, *ctx.options), [None] * ctx.averages, *[None] * 4
+    of_mapping = any(ctx.needs_input_grad[1:4])
+    return *_backward(gradient, *ctx.saved_tensors, *ctx.options, of_mapping), [None] * ctx.averages, *[None] * 4
 
 
 _forward.register_autograd(_gradients, setup_context=_remember)
