@@ -27,6 +27,7 @@ ROWS = [
     ["san.layers"],
     ["san.weights"],
     ["san.models"],
+    ["san.replacement"],
     ["san.checkpoints"],
     ["san.data"],
     ["san.evaluation"],
@@ -132,6 +133,7 @@ def test_public_surface():
         "create_model",
         "list_models",
         "ops",
+        "replace_convolutions",
     }
     for name in san.__all__:
         assert getattr(san, name) is not None

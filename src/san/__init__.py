@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from san import ops
     from san.layers import PairwiseAttention, PatchwiseAttention, ScalarAttention, SelfAttentionBlock
     from san.models import create_model, list_models
+    from san.replacement import replace_convolutions
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "create_model",
     "list_models",
     "ops",
+    "replace_convolutions",
 ]
 
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "SelfAttentionBlock": "san.layers",
     "create_model": "san.models",
     "list_models": "san.models",
+    "replace_convolutions": "san.replacement",
 }
 
 
