@@ -6,6 +6,7 @@ A command's module is imported only when the command is named, so that `san --he
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,6 +59,17 @@ COMMANDS = {
         san predict runs/first cat.jpg dog.png
         san predict model.safetensors photos --top 3      # every image below a folder
         find . -name '*.jpg' | san predict model.safetensors - --json
+        san predict model.onnx cat.jpg                    # from `san export`; works without torch
+        """,
+    ),
+    "explain": Command(
+        "san.cli.commands.explain:explain",
+        "what a network attends to in images, as figures and arrays",
+        """
+        san explain runs/first digit.png                  # figures, arrays and a table; files in explained/digit
+        san explain model.safetensors cat.jpg --pixel 112,80 --layer layer2,layer4.0
+        san explain model.safetensors cat.jpg --layer layer3.1 --group 5 --out figures
+        san explain runs/first digit.png --target 3 --whole-maps --json
         """,
     ),
     "robustness": Command(
@@ -99,6 +111,16 @@ COMMANDS = {
         san reproduce main --scale cifar10 --only 'ResNet26; SAN10 pairwise' --seeds 3
         san reproduce footprint mapping --scale tinyimagenet --data tinyimagenet.tar --base san4 --epochs 20
         san reproduce main --scale imagenet --data imagenet --shard 2/9 --precision bf16-mixed
+        """,
+    ),
+    "export": Command(
+        "san.cli.commands.export:export",
+        "a network for use elsewhere: ONNX, torch.export, AOTInductor",
+        """
+        san export runs/first                             # runs/first/model.onnx, compared with PyTorch on its images
+        san export model.safetensors --check photos --input-size 224 --out network.onnx
+        san export model.safetensors --format torch-export
+        san export published.pth --format aot-inductor --check photos.tar --limit 100 --json
         """,
     ),
     "convert": Command(
@@ -159,7 +181,26 @@ def _run_command(name: str, words: list[str]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "san").partition(".")[0] == "san":
             raise
-        raise UserError(f"san {name} needs the package {error.name}: pip install 'san-vision[train]'") from None
+        raise UserError(
+            f"san {name} needs the package {error.name}: pip install {_bringing(str(error.name))}"
+        ) from None
+
+
+def _bringing(module: str) -> str:
+    """What brings a module: the extra that requires its package, or SAN itself; what neither requires, `train` does."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    package = module.partition(".")[0].lower()
+    try:
+        requirements = requires("san-vision") or []
+    except PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        name = re.split(r"[^\w-]", requirement, maxsplit=1)[0]
+        if name.replace("-", "_").lower() == package:
+            extra = re.search(r"extra == .(\w+)", requirement)
+            return f"'san-vision[{extra[1]}]'" if extra else "san-vision"
+    return "'san-vision[train]'"
 
 
 def _overview() -> str:

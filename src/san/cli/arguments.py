@@ -10,7 +10,9 @@ import yaml
 
 from san.errors import UserError
 
-__all__ = ["chosen_device", "fraction", "listed", "numbers", "trained_on"]
+__all__ = ["chosen_device", "fraction", "images_below", "listed", "numbers", "trained_on"]
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def listed(words: str) -> tuple[str, ...]:
@@ -32,6 +34,11 @@ def fraction(name: str, word: float | str) -> float:
         return float(Fraction(str(word)))
     except (ValueError, ZeroDivisionError):
         raise UserError(f"--{name} takes numbers and fractions such as 8/255, not {word}") from None
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """Every image file in a folder and the folders in it, by its suffix, sorted."""
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in _IMAGES)
 
 
 def chosen_device(name: str | None) -> Any:

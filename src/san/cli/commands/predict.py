@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from san.cli.arguments import chosen_device
+from san.cli.arguments import chosen_device, images_below
 from san.errors import UserError
 
+if TYPE_CHECKING:
+    from san.evaluation.answers import Prediction
+
 __all__ = ["predict"]
-
-
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def predict(
@@ -27,22 +28,19 @@ def predict(
     is 2 then. The classes of a model of 1000 classes without names are called by ImageNet's words.
 
     Args:
-        checkpoint: A run folder, a .safetensors file or a published .pth.
+        checkpoint: A run folder, a .safetensors file, a published .pth, or an .onnx file that `san export` wrote, which
+            needs ONNX Runtime but not torch.
         images: Image files, folders (every image below), or - for a list of paths on standard input.
         top: How many classes to name.
         batch_size: Images at a time.
         device: Such as cpu or cuda:0; default the GPU if there is one.
         json: Print JSON lines.
     """
-    from san.checkpoints import load_model
-    from san.evaluation.prediction import predict
-
     if not images:
         raise UserError("there is nothing to predict: name image files, folders, or - for a list on standard input")
     paths = _paths(images)
-    model = load_model(checkpoint).to(chosen_device(device))
     broken = judged = 0
-    for prediction in predict(model, paths, top=top, batch_size=batch_size):
+    for prediction in _predictions(checkpoint, paths, device, top=top, batch_size=batch_size):
         judged += 1
         broken += prediction.error is not None
         if prediction.error is not None:
@@ -54,6 +52,21 @@ def predict(
             print(prediction.image, *(f"{name} {100 * share:.1f} %" for name, share in answers), sep="\t", flush=True)
     if broken:
         raise UserError(f"{broken} of {judged} images could not be read and were skipped; they are named above")
+
+
+def _predictions(checkpoint: str, paths: Iterable[str], device: str | None, **options: Any) -> Iterator[Prediction]:
+    """By ONNX Runtime or by PyTorch, of which only the one that is used is imported."""
+    if Path(checkpoint).suffix == ".onnx":
+        from san.export import OnnxModel
+
+        if device not in (None, "cpu"):
+            raise UserError(f"an .onnx file runs on the CPU, not on {device}; leave --device out")
+        return OnnxModel(checkpoint).predict(paths, **options)
+
+    from san.checkpoints import load_model
+    from san.evaluation.prediction import predict
+
+    return predict(load_model(checkpoint).to(chosen_device(device)), paths, **options)
 
 
 def _paths(images: Iterable[str]) -> Iterator[str]:
@@ -68,6 +81,6 @@ def _below(image: str) -> Iterator[str]:
     if image == "-":
         yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
     elif Path(image).is_dir():
-        yield from sorted(str(path) for path in Path(image).rglob("*") if path.suffix.lower() in _IMAGES)
+        yield from images_below(image)
     else:
         yield image
