@@ -1,6 +1,6 @@
 # make run   trains the small network on the embedded digits      make test       every check and test
 # make lint  style, format, types                                 make test-long  the tests that take minutes
-# make clean removes what make made, except runs/                 make docs       checks the documents
+# make clean removes what make made, except runs/                 make docs       checks the documents, builds their site
 # make sanitize  looks for memory errors in the C++ kernels: tests and 100,000 random calls, 10 minutes (GCC, CMake)
 #
 # All of them create .venv first if need be. PYTHON chooses the interpreter; ARGS is passed on: make run ARGS="--epochs 2".
@@ -36,7 +36,8 @@ lint: $(DEV)
 	$(BIN)/ty check
 
 docs: $(DEV)
-	$(BIN)/pytest -q tests/test_documents.py
+	$(BIN)/pytest -q tests/test_documents.py tests/test_site.py
+	$(BIN)/mkdocs build --strict --quiet
 
 # Python itself is not instrumented, so the sanitizers' library goes before it, and libstdc++ because that wraps it.
 # Python never frees some of its memory, so leaks are not looked for. More threads than cores must not wait by spinning.

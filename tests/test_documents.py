@@ -6,6 +6,7 @@ import re
 import shlex
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,15 @@ def _blocks(language: str) -> list[tuple[str, str]]:
 
 
 def _lines(blocks: list[tuple[str, str]], program: str) -> list[list[str]]:
-    """The words behind `program`, of every line or part of a pipe that calls it."""
-    parts = [part for _, block in blocks for line in block.splitlines() for part in re.split(r" [|>] ", line)]
-    words = [shlex.split(part, comments=True) for part in parts]
-    return [line[1:] for line in words if line[:1] == [program]]
+    """The words behind `program`, of every line or part of a pipe that calls it, itself or through a launcher."""
+    lines = [line for _, block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    parts = [shlex.split(part, comments=True) for line in lines for part in re.split(r" [|>] ", line)]
+    calls = [part[part.index(program) :] if _launches(part, program) else part for part in parts]
+    return [call[1:] for call in calls if call[:1] == [program]]
+
+
+def _launches(words: list[str], program: str) -> bool:
+    return words[:1] in (["srun"], ["torchrun"]) and program in words
 
 
 EXAMPLES = [("san --help", command.examples) for command in COMMANDS.values()]
@@ -68,6 +74,21 @@ def test_commands_parse(words, monkeypatch):
 
     call(f"san {name}", work, rest, "")
     assert called
+
+
+def test_options_in_the_text_exist():
+    """What the prose calls an option is one of some command, or of a script in benchmarks/."""
+    homes = [command.home.partition(":") for command in COMMANDS.values()]
+    functions = [getattr(import_module(module), function) for module, _, function in homes]
+    names = {name.replace("_", "-") for function in functions for name in signature(function).parameters}
+    scripts = "".join(path.read_text() for path in ROOT.glob("benchmarks/*.py"))
+    options = {f"--{name}" for name in ("help", "version", "config", "print-config", *names)}
+    options |= set(re.findall(r'"(--[a-z-]+)"', scripts))
+    fence = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    prose = "".join(fence.sub("", path.read_text()) for path in DOCUMENTS.values())
+    named = set(re.findall(r"`(--[a-z][a-z-]+)", prose))
+    assert len(named) > 10
+    assert {option.replace("--no-", "--") for option in named} <= options
 
 
 def test_make_targets_exist():
