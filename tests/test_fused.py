@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from san.models import SAN
 from san.ops import Footprint, use_backend
 from san.ops.kernels.native import library
 from san.ops.normalization import synchronize_batch_norm
+from san.ops.relations import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
 
 pytestmark = pytest.mark.skipif(library.load() is None, reason="the native library is not installed")
 
@@ -479,6 +481,26 @@ def test_any_input_is_right_and_stays_as_it_is(attention: str, form: Callable[[T
             assert torch.equal(x, before)
             assert x._version == version
             assert y.numel() == 0 or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("form", ["pairwise", "patchwise"])
+def test_relation_that_kernels_do_not_know_is_what_it_says(form: str, monkeypatch: pytest.MonkeyPatch):
+    """Of a block and of a whole network, without gradients, where kernels would otherwise do all."""
+    relations = {"pairwise": PAIRWISE_RELATIONS, "patchwise": PATCHWISE_RELATIONS}[form]
+    monkeypatch.setitem(relations, "own", replace(relations["concatenation"], formula=_twice(relations)))
+    network = san.create_model(f"san4_{form}", num_classes=3, relation="own").eval()
+    image = torch.rand(2, 3, 12, 12)
+    with torch.no_grad():
+        y = network(image)
+        with use_backend("reference"):
+            expected = network(image)
+    assert y.isfinite().all()
+    torch.testing.assert_close(y, expected)
+
+
+def _twice(relations: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    known = relations["concatenation"].formula
+    return lambda query, key: 2 * known(query, key)
 
 
 @pytest.mark.parametrize("size", [(2, 16, 7, 7), (2, 64, 7, 7)], ids=str)

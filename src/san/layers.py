@@ -19,8 +19,8 @@ from san import fused
 from san.errors import UserError
 from san.fused.parts import NORMS, is_heard, is_pointwise
 from san.ops import BatchNorm, Footprint, Mapping, MappingLayer, Position, pairwise_attention, patchwise_attention
-from san.ops.kernels.pairwise.native import attend_folded as attend_pairs
-from san.ops.kernels.patchwise.native import attend_folded as attend_patches
+from san.ops.kernels.pairwise import native as pairwise_native
+from san.ops.kernels.patchwise import native as patchwise_native
 from san.ops.kernels.pointwise.native import Affine, Linear
 from san.ops.mapping import MAPPINGS, AnyMapping
 from san.ops.relations import POSITION_WIDTHS, find_relation
@@ -180,11 +180,17 @@ class PairwiseAttention(_Attention):
         options: dict[str, Any] = {"relation": self.relation, "position": position, **self.geometry()}
         return pairwise_attention(query, key, value, gamma, **options)
 
+    def is_recordable(self) -> bool:
+        """Whether native kernels do all."""
+        return self.relation in pairwise_native.RELATIONS
+
     def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
         """y by the native kernels, with γ's BatchNorms folded; no gradients."""
         last: Any = self.conv_w[-1]
         layers = (*gamma[1:], Linear(last.weight, last.bias))
-        return attend_pairs(query, key, value, self._position(), gamma[0], layers, self.relation, self.footprint)
+        return pairwise_native.attend_folded(
+            query, key, value, self._position(), gamma[0], layers, self.relation, self.footprint
+        )
 
     def norms_to_fold(self) -> list[Any]:
         """What `attend_folded` takes as `gamma`, before it is folded."""
@@ -240,13 +246,13 @@ class PatchwiseAttention(_Attention):
 
     def is_recordable(self) -> bool:
         """Whether native kernels do all."""
-        return self.relation != "clique"
+        return self.relation in patchwise_native.RELATIONS
 
     def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
         """y by the native kernels, with γ's BatchNorms folded; no gradients."""
         linears: Any = self.conv_w[2::3]
         layers = [(norm, Linear(layer.weight, layer.bias)) for norm, layer in zip(gamma, linears, strict=True)]
-        return attend_patches(query, key, value, layers, self.relation, self.footprint)
+        return patchwise_native.attend_folded(query, key, value, layers, self.relation, self.footprint)
 
     def norms_to_fold(self) -> list[Any]:
         """What `attend_folded` takes as `gamma`, before it is folded."""
@@ -282,7 +288,7 @@ class ScalarAttention(_Attention):
 
     def attend_folded(self, query: Any, key: Any, value: Any, gamma: list[Affine]) -> Any:
         """y by the native kernels, there being no γ; no gradients."""
-        return attend_pairs(query, key, value, None, None, (), "dot", self.footprint)
+        return pairwise_native.attend_folded(query, key, value, None, None, (), "dot", self.footprint)
 
     def norms_to_fold(self) -> list[Any]:
         """Nothing, there being no γ."""

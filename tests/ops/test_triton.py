@@ -22,6 +22,7 @@ import san
 from san import ops
 from san.ops.cases import CASES
 from san.ops.kernels.gpu import launch
+from san.ops.relations import PAIRWISE_RELATIONS, PATCHWISE_RELATIONS
 
 pytestmark = pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
 
@@ -180,6 +181,14 @@ def test_what_does_not_fit_is_refused_in_a_sentence(change: dict[str, Any], sent
     problem = replace(FORMS[0], height=2, width=2, **change).build(torch.float32)
     with pytest.raises(ValueError, match=f"backend triton cannot run this call: .*{sentence}"):
         call(problem)
+
+
+@pytest.mark.parametrize("case", FORMS[:2], ids=lambda case: case.operator)
+def test_a_relation_that_kernels_do_not_know_is_refused(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    relations = PAIRWISE_RELATIONS if case.operator == "pairwise_attention" else PATCHWISE_RELATIONS
+    monkeypatch.setitem(relations, "own", relations[case.relation])
+    with pytest.raises(ValueError, match=r"triton knows the relations .*, but not 'own'"):
+        call(replace(case, relation="own").build(torch.float32))
 
 
 def test_an_image_of_too_many_numbers_is_refused_in_a_sentence() -> None:

@@ -42,9 +42,10 @@ from san.ops.mapping import Mapping, MappingLayer
 from san.ops.normalization import BatchNorm, Moments
 from san.ops.relations import Position
 
-__all__ = ["attend_folded", "run", "supports"]
+__all__ = ["RELATIONS", "attend_folded", "run", "supports"]
 
-_RELATIONS = {"subtraction": 0, "summation": 1, "hadamard": 2, "concatenation": 3, "dot": 4}
+# What the kernels know, by their own numbers.
+RELATIONS = {"subtraction": 0, "summation": 1, "hadamard": 2, "concatenation": 3, "dot": 4}
 _POSITIONS = {"relative": 1, "absolute": 2}
 
 # Relating a pair's channel, and back, takes as long as so many multiply-adds.
@@ -335,8 +336,8 @@ _moments.register_autograd(_moments_gradients, setup_context=_remember_moments)
 
 def supports(call: PairwiseCall) -> str | None:
     """None, or why the kernels cannot run the call."""
-    if call.relation not in _RELATIONS:
-        return f"native knows the relations {', '.join(_RELATIONS)}, but not {call.relation!r}"
+    if call.relation not in RELATIONS:
+        return f"native knows the relations {', '.join(RELATIONS)}, but not {call.relation!r}"
     return refusal(call)
 
 
@@ -489,7 +490,7 @@ def _position_map(position: Position | None, like: Any) -> Any:
 def _plan(relation: str, rule: Footprint, position: Position | None, width: int) -> list[int]:
     kind = _POSITIONS[position.kind] if position else 0
     # In jit.trace the width is a tensor.
-    return [*rule.numbers(), _RELATIONS[relation], kind, int(width)]
+    return [*rule.numbers(), RELATIONS[relation], kind, int(width)]
 
 
 def _identity_width(call: PairwiseCall) -> int:

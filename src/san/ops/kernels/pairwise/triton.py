@@ -27,6 +27,9 @@ from san.ops.relations import POSITION_WIDTHS
 
 __all__ = ["run", "supports"]
 
+# What the kernels know.
+_RELATIONS = ("subtraction", "summation", "hadamard", "concatenation", "dot")
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -422,6 +425,8 @@ _forward.register_autograd(_gradients, setup_context=_remember)
 
 def supports(call: PairwiseCall) -> str | None:
     """None, or why the kernels cannot run the call."""
+    if call.relation not in _RELATIONS:
+        return f"triton knows the relations {', '.join(_RELATIONS)}, but not {call.relation!r}"
     widths = _widths(call)
     return (
         launch.refusal(call)

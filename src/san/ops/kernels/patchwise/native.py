@@ -31,7 +31,10 @@ from san.ops.kernels.pointwise.native import Affine, products
 from san.ops.mapping import Mapping, MappingLayer
 from san.ops.normalization import BatchNorm, Moments
 
-__all__ = ["attend_folded", "run", "supports"]
+__all__ = ["RELATIONS", "attend_folded", "run", "supports"]
+
+# What the kernels know.
+RELATIONS = ("concatenation", "star")
 
 
 def _call(kernel: str, map_: Tensor, plan: list[int], sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
@@ -394,8 +397,8 @@ class _OutputLayer(torch.autograd.Function):
 
 def supports(call: PatchwiseCall) -> str | None:
     """None, or why the kernels cannot run the call."""
-    if call.relation not in ("concatenation", "star"):
-        return f"native knows the relations concatenation and star, but not {call.relation!r}"
+    if call.relation not in RELATIONS:
+        return f"native knows the relations {', '.join(RELATIONS)}, but not {call.relation!r}"
     if call.relation == "concatenation" and call.mapping is None:
         return "native never writes concatenation out, so it needs a mapping to fuse with"
     return refusal(call)
