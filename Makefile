@@ -36,8 +36,8 @@ lint: $(DEV)
 	$(BIN)/ty check
 
 docs: $(DEV)
-	$(BIN)/pytest -q tests/test_documents.py tests/test_site.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	SAN_SITE=build/site $(BIN)/pytest -q tests/test_documents.py tests/test_site.py tests/test_adding.py
 
 # Python itself is not instrumented, so the sanitizers' library goes before it, and libstdc++ because that wraps it.
 # Python never frees some of its memory, so leaks are not looked for. More threads than cores must not wait by spinning.
