@@ -137,7 +137,7 @@ class SAN(nn.Module):
 
     def _fused_features(self, x: Tensor) -> Tensor:
         """The same as stem and stages, where a stage's end, the pooling and the next stage's begin are one product."""
-        x = fused.stem(self.conv_in, self.bn_in, self.conv0, x.contiguous(), pooled=self.pools[0])
+        x = fused.stem(self.conv_in, self.bn_in, self.conv0, x, pooled=self.pools[0])
         for stage, pool in enumerate([*self.pools[1:], False]):
             blocks = None if self.grad_checkpointing else fused.blocks_of(self.get_submodule(f"layer{stage}"))
             x = (
@@ -157,6 +157,9 @@ class SAN(nn.Module):
             y = fused.stages_without_gradients(self, self.conv_in, self.bn_in, self._stages(), x.contiguous())
             if y is not None:
                 return F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
+            return self._fused_features(x.contiguous())
+        if fused.training.suits(x):
+            self._check_input(x)
             return self._fused_features(x)
         x = self._stem(x)
         for stage in range(len(self.feature_info)):

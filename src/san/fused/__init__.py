@@ -1,17 +1,17 @@
-"""Blocks and networks on the CPU in few passes over their maps; layers and models turn here by themselves.
+"""Blocks and networks in few passes over their maps; layers and models turn here by themselves.
 
 The definition is the modules' own `forward`. Where nothing but their tensors matters (no hooks, no altered parts, no
 tracer, float32 on the CPU, the native backend), kernels do the same and read a map once and write it once: BatchNorm,
 ReLU and pooling join the products behind them, φ, ψ and β are one pass, the residual is added where the sum is written,
 and the stem's full-size map never exists. For backward a block keeps its input, query, key, value and what aggregation
 gives; the rest is recomputed. BatchNorm is folded at every call, so weights may change in any way; `parts.py` looks at
-everything else that may change.
+everything else that may change. A training step on another device keeps as little: see `training.py`.
 Legend: B batch, C channels, H W map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from san.fused import training
 from san.fused.parts import NORMS, State, is_heard, look, register_block, registered
 from san.fused.recordings import Recordings
 from san.ops.dispatch import forced_backend
 from san.ops.kernels.native import library, operators
 from san.ops.kernels.pointwise.native import MAX_STEM_CHANNELS, Linear, Norm, fold, products
-from san.ops.kernels.pointwise_training.native import norm_products
-from san.ops.kernels.pointwise_training.native import stem as training_stem
+from san.ops.kernels.pointwise_training import native, portable, portable_stem
 from san.ops.normalization import BatchNorm
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "stem",
     "suits",
     "takes_stem",
+    "training",
 ]
 
 
@@ -94,23 +95,33 @@ def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor 
 
     Without gradients it may be made `in_place`, in x's memory.
     """
+    if training.suits(x):
+        return _with_gradients(block, x, portable.norm_products) if _trains(block, x) else None
     if not (suits(x) and x.is_contiguous() and registered(block)):
         return None
     parts, state = look(block)
     if state is None or _drops(block) or x.shape[1] != block.bn1.num_features:
         return None
     if not block.sam.is_recordable() or state.needs_gradients(x):
-        return _with_gradients(block, x)
+        return _with_gradients(block, x, native.norm_products)
     output = x if in_place else torch.empty_like(x)
     parts.recordings.repeat(partial(_run_block, block), state.held, state.tensors, x, output)
     return output
 
 
-def _with_gradients(block: Any, x: Tensor) -> Tensor:
+def _trains(block: Any, x: Tensor) -> bool:
+    """Whether a training step elsewhere than on the CPU does what a block would."""
+    return registered(block) and training.trains(x, block) and x.shape[1] == block.bn1.num_features
+
+
+def _with_gradients(block: Any, x: Tensor, norm_products: Callable[..., tuple[Tensor, ...]]) -> Tensor:
     sam, layers = block.sam, [_linear(layer) for layer in block.sam.transformations_of_input()]
     *maps, x = norm_products(x, BatchNorm.of(block.bn1), layers, passes=True)
     y = sam.attend(*sam.arranged(maps), known_plain=True)
-    return norm_products(y, BatchNorm.of(block.bn2), [_linear(block.conv)], residual=x)[0]
+    behind = y, BatchNorm.of(block.bn2), [_linear(block.conv)]
+    if _drops(block):
+        return x + block.drop_path(*norm_products(*behind))
+    return norm_products(*behind, residual=x)[0]
 
 
 def _run_block(block: Any, x: Any, output: Any) -> None:
@@ -135,12 +146,15 @@ def lone_norms(parts: Any) -> list[tuple[Norm, Linear | None]]:
 def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tensor:
     """layer(pool(ReLU(norm(x)))), where one stage ends and the next begins."""
     # What a block of the user's own makes may be any map.
-    states = _states(norm, layer) if suits(x) and _follows(norm, layer) and x.shape[1] == norm.num_features else None
+    follows = _follows(norm, layer) and x.shape[1] == norm.num_features
+    if follows and training.suits(x) and training.trains(x, norm, layer):
+        return portable.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
+    states = _states(norm, layer) if suits(x) and follows else None
     if states is None:
         return _pooled_linear(layer, norm(x), pooled=pooled)
     x = x.contiguous()
     if any(state.needs_gradients(x) for state in states):
-        return norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
+        return native.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
     (folded,) = fold([(_norm(norm), None)], x)
     return products(x, [_linear(layer)], norm=folded, pooled=pooled)[0]
 
@@ -174,11 +188,14 @@ def takes_stem(convolution: Any, norm: nn.Module, image: Tensor) -> bool:
 
 def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool) -> Tensor:
     """layer(pool(ReLU(norm(convolution(image)))))."""
-    states = _states(convolution, norm, layer) if _follows(norm, layer) and layer.bias is None else None
+    follows = _follows(norm, layer) and layer.bias is None and takes_stem(convolution, norm, image)
+    if follows and training.suits(image) and training.trains(image, convolution, norm, layer):
+        return portable_stem.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
+    states = _states(convolution, norm, layer) if follows and suits(image) else None
     if states is None:
         return _pooled_linear(layer, norm(convolution(image)), pooled=pooled)
     if any(state.needs_gradients(image) for state in states):
-        return training_stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
+        return native.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
     (folded,) = fold([(_norm(norm), _linear(convolution))], image)
     return products(image, [_linear(layer)], stem=folded, pooled=pooled)[0]
 

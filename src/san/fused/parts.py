@@ -56,8 +56,8 @@ class Parts:
         self._known = roles and (type(root) not in _agreements or _agreements[type(root)](root))
         self.recordings = Recordings()
 
-    def state(self) -> State | None:
-        """What the parts are now, or None if there is more to them than tensors of the declared sizes."""
+    def state(self, readable: Callable[[Tensor], bool]) -> State | None:
+        """What the parts are now, or None if there is more to them than readable tensors of the declared sizes."""
         held: list[Any] = []
         tensors: list[Tensor] = []
         uses_batch = False
@@ -73,7 +73,7 @@ class Parts:
                 x = own[dictionary].get(name, _ABSENT)
                 if x is None:
                     held.append(None)
-                elif type(x) in _TENSORS and _is_readable(x, shape):
+                elif type(x) in _TENSORS and x.shape == shape and readable(x):
                     held.append(x.data_ptr())
                     tensors.append(x)
                 else:
@@ -157,9 +157,10 @@ def is_heard(part: nn.Module) -> bool:
     return bool(hooks) or "forward" in own
 
 
-def _is_readable(x: Tensor, shape: tuple[int, ...]) -> bool:
+def _is_native(x: Tensor) -> bool:
+    """Whether the kernels of the CPU read a tensor."""
     # Asked for every tensor at every call: `x.device` takes three times as long as `x.is_cpu`.
-    return x.is_cpu and x.dtype is torch.float32 and x.shape == shape and x.is_contiguous() and not x.is_neg()
+    return x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
 
 
 def register_block(kind: type, agrees: Callable[[Any], bool], **parts: tuple[type, ...]) -> None:
@@ -174,13 +175,16 @@ def registered(module: nn.Module) -> bool:
     return type(module) in _agreements
 
 
-def look(root: nn.Module) -> tuple[Parts, State | None]:
-    """The parts of a block, pointwise convolution or BatchNorm and their state, None if tensors do not tell all."""
+def look(root: nn.Module, readable: Callable[[Tensor], bool] = _is_native) -> tuple[Parts, State | None]:
+    """The parts of a block, pointwise convolution or BatchNorm and their state, None if tensors do not tell all.
+
+    `readable` says of a tensor whether it may be computed with; by default, whether the kernels of the CPU read it.
+    """
     found = _cache.get(root)
     try:
         if found is not None:
-            return found, found.state()
+            return found, found.state(readable)
     except _Changed:
         pass
     found = _cache[root] = Parts(root)
-    return found, found.state()
+    return found, found.state(readable)

@@ -1,0 +1,219 @@
+"""Training steps as other devices than the CPU do them: against the modules' own `forward`, what they keep, and when
+they must step aside.
+
+`elsewhere` lets the CPU be another device; float64, which the CPU's own kernels do not take, tells the two apart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.test_fused import ALTERED, MOMENTS, Spy, assert_close, block_of, images, network_of, outcome, plain
+from torch import Tensor, nn
+
+import san
+from san import fused
+from san.fused import training
+from san.ops import use_backend
+from san.ops.kernels.gpu import launch
+from san.ops.normalization import SynchronizedBatchNorm2d, synchronize_batch_norm
+
+ATTENTION = pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "DEVICES", {"cpu"})
+    monkeypatch.setattr(training, "DTYPES", {*training.DTYPES, torch.float64})
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+def is_joined(y: Tensor) -> bool:
+    """Whether a block's output comes from a joined node of autograd."""
+    return type(y.grad_fn).__name__ == "_NormProductsBackward"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@ATTENTION
+def test_block_is_its_definition(attention: str, training: bool, spy: Spy) -> None:
+    block, x = block_of(attention).double().train(training), images(3, 32, 7, 9).double()
+    assert_close(outcome(block, x), plain(block, x), 1e-9)
+    assert is_joined(block(x))
+    assert spy.blocks() == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"small_images": True}, {"in_chans": 6}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@ATTENTION
+def test_network_is_its_definition(attention: str, training: bool, options: dict[str, Any], spy: Spy) -> None:
+    """Images may want gradients, and may have more channels than the stem takes."""
+    network = network_of(attention, **options).double().train(training)
+    x = images(3, options.get("in_chans", 3), 13, 18).double()
+    for image_gradient in (True, False):
+        gradient: Any = {"image_gradient": image_gradient}
+        assert_close(outcome(network, x, **gradient), plain(network, x, **gradient), 1e-8)
+        assert spy.calls == {"attention_block": 3, "stem": 1, "norm_pool_linear": 1}
+        spy.calls = dict.fromkeys(spy.calls, 0)
+
+
+@ATTENTION
+def test_float32_is_near(attention: str) -> None:
+    network, x = network_of(attention), images(3, 3, 13, 18)
+    assert_close(outcome(network, x), plain(network, x), 2e-4)
+
+
+@ATTENTION
+def test_autocast_rounds_no_more_than_the_definition(attention: str) -> None:
+    network, x = network_of(attention), images(3, 3, 16, 24)
+    exact = _features_and_gradients(network.double(), x.double(), "reference")
+    errors = []
+    for forced in ("auto", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = _features_and_gradients(network.float(), x, forced)
+        errors.append([float((one.double() - other).norm()) for one, other in zip(found, exact, strict=True)])
+    for joined, defined in zip(*errors, strict=True):
+        assert joined <= 1.25 * defined
+
+
+def _features_and_gradients(network: Any, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Of a copy; all gradients in one vector."""
+    network = copy.deepcopy(network)
+    with use_backend(backend):
+        y = network.forward_features(x)
+    with torch.autocast("cpu", enabled=False):
+        y.double().square().sum().backward()
+    return y.detach(), torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None])
+
+
+@pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
+@ATTENTION
+def test_attention_of_gpus_fits_in(attention: str, spy: Spy) -> None:
+    block, x = block_of(attention), images(2, 32, 4, 5).contiguous(memory_format=torch.channels_last)
+    with use_backend("triton"):
+        found = outcome(block, x)
+    assert spy.blocks() == 1
+    assert_close(found, plain(block, x), 1e-4)
+
+
+def test_channels_last_stays() -> None:
+    block, x = block_of().double(), images(2, 32, 7, 9).double()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = block(x)
+    (of_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (y, of_x))
+    assert_close(outcome(block, x.detach()), plain(block, x.detach()), 1e-9)
+
+
+def test_stochastic_depth_drops_what_the_definition_drops() -> None:
+    block, x = block_of(drop_path=0.5).double(), images(16, 32, 4, 4).double()
+    found = []
+    for forced in ("auto", "reference"):
+        torch.manual_seed(3)
+        with use_backend(forced):
+            found.append(outcome(block, x))
+    assert bool((found[0]["y"] == x).flatten(1).all(1).any())
+    assert_close(*found, 1e-9)
+
+
+@ATTENTION
+def test_recomputed_blocks_give_the_same(attention: str) -> None:
+    network, x = network_of(attention), images(2, 3, 8, 12)
+    kept = outcome(network, x)
+    network.set_grad_checkpointing()
+    assert_close(outcome(network, x), kept, 1e-6)
+
+
+# How tensors lie in memory is no matter here.
+HONOURED = {
+    name: change for name, change in ALTERED.items() if name not in ("expanded running mean", "transposed weight")
+}
+
+
+@pytest.mark.parametrize("change", HONOURED.values(), ids=HONOURED)
+def test_altered_part_is_honoured(change: Callable[[Any], Any], spy: Spy) -> None:
+    block, x = block_of("patchwise").eval(), images(2, 32, 7, 7)
+    block(x).sum().backward()  # so that the block is known already
+    assert spy.blocks() == 1
+    change(block)
+    y = block(x)
+    assert spy.blocks() == 0
+    with use_backend("reference"):
+        torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("moment", [MOMENTS[name] for name in MOMENTS if name != "autocast"])
+def test_observer_sees_the_parts(moment: Callable[..., Any]) -> None:
+    block, x = block_of().double(), images(2, 32, 7, 7).double()
+    with moment():
+        assert not is_joined(block(x))
+    assert is_joined(block(x))
+
+
+def test_without_gradients_the_definition_runs() -> None:
+    network, x = network_of().double(), images(2, 3, 8, 8).double()
+    with torch.no_grad():
+        assert fused.attention_block(network.layer0[0], images(2, 32, 8, 8).double()) is None
+    network.requires_grad_(False)
+    assert fused.attention_block(network.layer0[0], images(2, 32, 8, 8).double()) is None
+    assert not network(x).requires_grad
+
+
+def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = synchronize_batch_norm(block_of().double()), images(2, 32, 7, 7).double()
+    assert training.trains(x, block)
+    monkeypatch.setattr(SynchronizedBatchNorm2d, "several_processes", lambda norm: True)
+    assert not training.trains(x, block)
+    assert training.trains(x, block.eval())
+
+
+def test_one_pixel_has_no_statistics() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block_of()(images(1, 32, 1, 1))
+
+
+def kept(module: nn.Module, x: Tensor, backend: str = "auto") -> int:
+    """Bytes of distinct storages that autograd keeps, without those of parameters and buffers."""
+    own = {x.untyped_storage().data_ptr() for x in (*module.parameters(), *module.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), use_backend(backend):
+        y = module(x)
+    assert y.grad_fn is not None
+    return sum(found.values())
+
+
+@ATTENTION
+def test_block_keeps_few_maps(attention: str) -> None:
+    """Input, query, key, value and aggregate; patchwise attention's hidden layer besides."""
+    channels, x = 256, images(4, 256, 14, 14).requires_grad_()
+    block = block_of(attention, channels, 7)
+    widths = channels + 2 * channels // 16 + 2 * channels // 4 + (channels // 32 if attention == "patchwise" else 0)
+    maps = 4 * widths * 4 * 14 * 14
+    found = kept(block, x)
+    assert is_joined(block(x))
+    assert maps <= found <= 1.05 * maps
+
+
+@ATTENTION
+def test_network_keeps_no_more_than_resnet(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(2, 3, 64, 64)
+    network = san.create_model(f"san10_{attention}", num_classes=10)
+    found = kept(network, x)
+    assert found < 0.9 * kept(san.create_model("baseline_resnet26", num_classes=10), x)
+    monkeypatch.setattr(training, "DEVICES", set())
+    monkeypatch.setattr(fused, "suits", lambda x: False)
+    assert found < 0.5 * kept(network, x)
