@@ -131,15 +131,15 @@ def _furthest(found: Tensor, exact: Tensor, allowed: float, *, gradient: bool) -
 @contextmanager
 def _without_tf32() -> Generator[None]:
     """PyTorch rounds what convolutions take to TF32 by default, and the yardstick of float32 would be as coarse."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [switch.allow_tf32 for switch in switches]
+    switches = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
     for switch in switches:
-        switch.allow_tf32 = False
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 @contextmanager

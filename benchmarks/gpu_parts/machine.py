@@ -56,17 +56,17 @@ def measure(scale: Scale, device: str) -> dict[str, Any]:
     del source, target
     free(device)
     operations = 2 * scale.product**3
-    before = torch.backends.cuda.matmul.allow_tf32
-    for name, dtype, tf32 in (
+    before = torch.backends.cuda.matmul.fp32_precision
+    for name, dtype, precision in (
         ("bfloat16", torch.bfloat16, before),
-        ("tf32", torch.float32, True),
-        ("float32", torch.float32, False),
+        ("tf32", torch.float32, "tf32"),
+        ("float32", torch.float32, "ieee"),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.fp32_precision = precision
         left, right = (torch.randn(scale.product, scale.product, device=device).to(dtype) for _ in range(2))
         step = partial(torch.mm, left, right, out=torch.empty_like(left))
         found[f"{name}_flops"] = operations / _seconds(step, scale, device)
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before
     if device == "cuda":
         one = torch.zeros(1, device=device)
         found["smallest_graph_seconds"] = _seconds(partial(one.add_, 1), scale, device)

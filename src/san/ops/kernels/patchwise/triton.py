@@ -198,11 +198,13 @@ def _parameter_gradients(plan: _Plan, gradient: Tensor, affine: Tensor, layer: T
     places, blocks = plan.footprint.places, programs(plan.given, plan.block)
     count, each = shares(programs(plan.total, plan.lanes()), places)
     size = places * plan.channels
-    sums = torch.zeros(count * size * (plan.given + 2 * blocks), dtype=torch.float32, device=gradient.device)
+    sums = floats(gradient, count * size * (plan.given + 2 * blocks))
     if plan.total:
         tensors = (gradient, plan.key, affine, layer, sums)
         grid = (places, count, blocks)
         launch.start(hidden_backward_parameters, grid, *tensors, *plan.sizes, each, **plan.constants(backward=True))
+    else:
+        sums.zero_()
     of_layer, of_affine = sums.split([count * size * plan.given, count * size * 2 * blocks])
     of_layer = of_layer.view(count, places, plan.channels, plan.given).sum(0)
     of_affine = of_affine.view(blocks * count, 2, places, plan.channels).sum(0, dtype=torch.float64)
