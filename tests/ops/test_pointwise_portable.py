@@ -247,3 +247,16 @@ def test_changed_weights_are_noticed_in_backward() -> None:
         module.convolutions[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_biases_may_change_before_backward() -> None:
+    """As a convolution's may: no gradient depends on them."""
+    module, x = _prepared(Products(residual=True)), _random(2, 6, 5, 7).requires_grad_()
+    gradients = []
+    for outputs in (module.joined, module):
+        found = outputs(x, x[:, :4])
+        with torch.no_grad():
+            for layer in module.convolutions:
+                layer.bias.add_(1)
+        gradients.append(torch.autograd.grad(found, [x, *module.parameters()], [_random(*y.shape) for y in found]))
+    torch.testing.assert_close(*gradients)

@@ -84,7 +84,10 @@ class Statistics(NamedTuple):
 
 
 class Made(NamedTuple):
-    """Gradients: of every Linear's weight and bias in turn, and of what BatchNorm gave."""
+    """Gradients: of every Linear's weight and bias in turn, and of what BatchNorm gave.
+
+    They are in the products' dtype: autograd makes a parameter's gradient be of its own.
+    """
 
     parameters: list[Tensor | None]
     input: Tensor | None
@@ -135,14 +138,9 @@ def as_filters(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
-def _paired(tensors: Sequence[Any]) -> list[Linear]:
-    """Weights and biases in turn, as Linears."""
-    return [Linear(*pair) for pair in zip(tensors[0::2], tensors[1::2], strict=True)]
-
-
 def back_to_norm(
     y: Tensor,
-    linears: Sequence[Linear],
+    weights: Sequence[Tensor],
     outer: Sequence[Tensor],
     dtype: torch.dtype,
     *,
@@ -150,10 +148,10 @@ def back_to_norm(
     wanted: Sequence[bool],
     wants_input: bool,
 ) -> Made:
-    """Back from gradients `outer` at products of pool(ReLU(y)) to y, which is overwritten."""
+    """Back from gradients `outer` at products of pool(ReLU(y)) with weights to y, which is overwritten."""
     entering, places = _aten.max_pool2d_with_indices(y, [2, 2], [2, 2]) if pooled else (y, None)
     entering.relu_()
-    made = _back_through_products(entering.to(dtype), linears, outer, wanted, wants_input)
+    made = _back_through_products(entering.to(dtype), weights, outer, wanted, wants_input)
     if made.input is None:
         return made
     gradient = made.input.to(y.dtype)
@@ -165,23 +163,23 @@ def back_to_norm(
 
 
 def _back_through_products(
-    x: Tensor, linears: Sequence[Linear], outer: Sequence[Tensor], wanted: Sequence[bool], wants_input: bool
+    x: Tensor, weights: Sequence[Tensor], outer: Sequence[Tensor], wanted: Sequence[bool], wants_input: bool
 ) -> Made:
     """Back through all products of x at once, so that x is read once and its gradient written once."""
     mask = [wants_input, any(wanted[0::2]), any(wanted[1::2])]
     if not any(mask):
         return Made([None] * len(wanted), None)
-    sizes = [len(linear.weight) for linear in linears]
-    weight = joined([as_filters(linear.weight).to(x.dtype) for linear in linears], 0)
+    sizes = [*map(len, weights)]
+    weight = joined([as_filters(each).to(x.dtype) for each in weights], 0)
     gradient = joined([each.to(x.dtype) for each in outer], 1)
     options: Any = ([sum(sizes)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, mask)
     of_x, of_weight, of_bias = _aten.convolution_backward(gradient, x, weight, *options)
-    weights, biases = ([None] * len(sizes) if x is None else x.split(sizes) for x in (of_weight, of_bias))
-    found = [each for pair in zip(weights, biases, strict=True) for each in pair]
-    tensors = [each for linear in linears for each in linear]
+    split = [[None] * len(sizes) if each is None else each.split(sizes) for each in (of_weight, of_bias)]
+    found = [each for pair in zip(*split, strict=True) for each in pair]
+    shapes = [shape for each in weights for shape in (each.shape, each.shape[:1])]
     parameters = [
-        x.reshape(like.shape).to(like.dtype) if want and x is not None and like is not None else None
-        for x, like, want in zip(found, tensors, wanted, strict=True)
+        each.reshape(shape) if want and each is not None else None
+        for each, shape, want in zip(found, shapes, wanted, strict=True)
     ]
     return Made(parameters, of_x)
 
@@ -204,32 +202,34 @@ class _NormProducts(torch.autograd.Function):
         passes: bool,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         dtype = product_dtype(x)
         with without_autocast(x):
             y, statistics = _normalised(x, norm)
             # Pooling first, ReLU has fewer numbers to look at; the order does not matter to either.
             y = (F.max_pool2d(y, 2) if pooled else y).relu_()
-            outputs = [product(y, linear, dtype) for linear in _paired(tensors)]
+            pairs = zip(tensors[0::2], tensors[1::2], strict=True)
+            outputs = [product(y, Linear(*pair), dtype) for pair in pairs]
         if residual is not None:
             outputs[0] = residual + outputs[0]
         ctx.dtype, ctx.pooled, ctx.passes, ctx.options = dtype, pooled, passes, statistics[2:]
-        ctx.save_for_backward(x, *statistics[:2], norm_weight, norm_bias, *tensors)
+        # Without the Linears' biases, which may change before backward: it does not need them.
+        ctx.save_for_backward(x, *statistics[:2], norm_weight, norm_bias, *tensors[0::2])
         ctx.residual = None if residual is None else residual.dtype
         return (*outputs, x.view_as(x)) if passes else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, spread, norm_weight, norm_bias, *tensors = ctx.saved_tensors
+        x, mean, spread, norm_weight, norm_bias, *weights = ctx.saved_tensors
         given, needed = list(outer), ctx.needs_input_grad
         passed = given.pop() if ctx.passes else None
         statistics, of_norm = Statistics(mean, spread, *ctx.options), (needed[0], *needed[5:7])
         with without_autocast(x):
             y = statistics.normalise(x, norm_weight, norm_bias)
             options: Any = {"pooled": ctx.pooled, "wanted": needed[7:], "wants_input": any(of_norm)}
-            made = back_to_norm(y, _paired(tensors), given, ctx.dtype, **options)
+            made = back_to_norm(y, weights, given, ctx.dtype, **options)
             del y
             of_x, *affine = statistics.backward(made.input, x, norm_weight, of_norm)
             if of_x is not None and passed is not None:

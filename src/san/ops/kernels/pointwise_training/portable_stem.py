@@ -109,9 +109,9 @@ def _sums(
 ) -> _Sums:
     """Of some images."""
     part = part.to(call.dtype)
-    y, behind = call.normalised(part, statistics), Linear(call.behind, None)
+    y = call.normalised(part, statistics)
     options: Any = {"pooled": call.pooled, "wanted": (needed[5], False), "wants_input": any(needed[:5])}
-    made = back_to_norm(y, [behind], [outer], call.dtype, **options)
+    made = back_to_norm(y, [call.behind], [outer], call.dtype, **options)
     if made.input is None:
         return _Sums(None, None, made.parameters[0], None)
     wide = torch.promote_types(call.dtype, torch.float32)
@@ -123,12 +123,13 @@ def _sums(
     if needed[0]:
         scaled = filters * statistics.scale(call.norm_weight).to(wide)[:, None, None, None]
         of_image = back(gradient, part.to(wide), scaled, *options, [True, False, False])[0].to(call.image.dtype)
-    return _Sums(total.double(), of_filters.flatten(1).double(), made.parameters[0], of_image)
+    return _Sums(total, of_filters.flatten(1), made.parameters[0], of_image)
 
 
 def _summed(shares: list[_Sums]) -> _Sums:
     *sums, images = ([each for each in field if each is not None] for field in zip(*shares, strict=True))
-    return _Sums(*(torch.stack(each).sum(0) if each else None for each in sums), joined(images, 0) if images else None)
+    total = (torch.stack(each).sum(0, dtype=torch.float64) if each else None for each in sums)
+    return _Sums(*total, joined(images, 0) if images else None)
 
 
 def _parameters(call: _Call, statistics: Statistics, pixels: _Pixels, sums: _Sums) -> tuple[Tensor | None, ...]:
