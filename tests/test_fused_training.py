@@ -166,6 +166,11 @@ def test_without_gradients_the_definition_runs() -> None:
     assert not network(x).requires_grad
 
 
+def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
+    x = images(2, 32, 8, 8)
+    assert fused.on_own_map(nn.Identity(), x) is x
+
+
 def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = synchronize_batch_norm(block_of().double()), images(2, 32, 7, 7).double()
     assert training.trains(x, block)

@@ -81,8 +81,8 @@ def on_own_map(block: Any, x: Tensor) -> Tensor:
     y = attention_block(block, x, in_place=True)
     if y is None:
         y = block(x)
-        # What a module gave, it or its hooks may have kept; with gradients nobody writes to it.
-        y = y if torch.is_grad_enabled() and y.requires_grad else y.clone()
+        # What a module gave, it or its hooks may have kept; with gradients, or on a GPU, nobody writes to it.
+        y = y if training.suits(y) or (torch.is_grad_enabled() and y.requires_grad) else y.clone()
     return y
 
 
