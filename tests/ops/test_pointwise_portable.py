@@ -240,6 +240,18 @@ def test_one_value_per_channel_has_no_statistics() -> None:
     assert all(torch.equal(one, other) for one, other in zip(module.buffers(), before.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_waits_for_numbers(training: bool) -> None:
+    """On tensors without any: so a CUDA graph may record a step, and the processor runs ahead of the device."""
+    images = torch.empty(4, 3, 8, 8, device="meta", requires_grad=not training)
+    x = torch.empty(2, 6, 8, 8, device="meta", requires_grad=True)
+    for module, inputs in ((Products(pooled=True), [x, x]), (Stem(), [images])):
+        module = module.to("meta").train(training)
+        outputs = module.joined(*inputs)
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+        assert all(each.grad is not None for each in module.parameters())
+
+
 def test_changed_weights_are_noticed_in_backward() -> None:
     module, x = _prepared(Products()), _random(2, 6, 4, 4).requires_grad_()
     y = module.joined(x, x)[0]

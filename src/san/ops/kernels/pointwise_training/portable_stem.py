@@ -80,8 +80,9 @@ def _pixels(call: _Call, uses_batch: bool) -> _Pixels:
     for part in call.shares(call.image):
         found.mean.add_(part.to(call.dtype).sum((0, 2, 3), dtype=torch.float64), alpha=1 / call.samples)
     for part in call.shares(call.image):
-        columns = found.centred(part.to(call.dtype).double()).transpose(0, 1).flatten(1)
-        found.deviation.add_(columns @ columns.T)
+        pixels = found.centred(part.to(call.dtype).double())
+        # Not a product of matrices, which may leave each of so few sums of a million terms to a single processor.
+        found.deviation.add_((pixels[:, :, None] * pixels[:, None]).sum((0, 3, 4)))
     return found
 
 
