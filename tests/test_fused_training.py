@@ -50,9 +50,15 @@ def test_block_is_its_definition(attention: str, training: bool, spy: Spy) -> No
     assert spy.blocks() == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"small_images": True}, {"in_chans": 6}], ids=str)
+NETWORKS: list[tuple[str, dict[str, Any]]] = [
+    ("pairwise", {}),
+    ("patchwise", {"small_images": True}),
+    ("pairwise", {"in_chans": 6}),
+]
+
+
 @pytest.mark.parametrize("training", [True, False])
-@ATTENTION
+@pytest.mark.parametrize(("attention", "options"), NETWORKS, ids=str)
 def test_network_is_its_definition(attention: str, training: bool, options: dict[str, Any], spy: Spy) -> None:
     """Images may want gradients, and may have more channels than the stem takes."""
     network = network_of(attention, **options).double().train(training)
@@ -94,9 +100,11 @@ def _features_and_gradients(network: Any, x: Tensor, backend: str) -> tuple[Tens
 
 
 @pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
-@ATTENTION
-def test_attention_of_gpus_fits_in(attention: str, spy: Spy) -> None:
-    block, x = block_of(attention), images(2, 32, 4, 5).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize(("attention", "options"), [("pairwise", {"position": "none"}), ("patchwise", {})], ids=str)
+def test_attention_of_gpus_fits_in(attention: str, options: dict[str, Any], spy: Spy) -> None:
+    """With the shortest γ, which the interpreter is done with soonest."""
+    block = block_of(attention, mapping="L", **options)
+    x = images(2, 32, 3, 4).contiguous(memory_format=torch.channels_last)
     with use_backend("triton"):
         found = outcome(block, x)
     assert spy.blocks() == 1
@@ -213,12 +221,13 @@ def test_block_keeps_few_maps(attention: str) -> None:
     assert maps <= found <= 1.05 * maps
 
 
-@ATTENTION
-def test_network_keeps_no_more_than_resnet(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_keep_no_more_than_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(2, 3, 64, 64)
-    network = san.create_model(f"san10_{attention}", num_classes=10)
-    found = kept(network, x)
-    assert found < 0.9 * kept(san.create_model("baseline_resnet26", num_classes=10), x)
+    resnet = kept(san.create_model("baseline_resnet26", num_classes=10), x)
+    networks = [san.create_model(f"san10_{attention}", num_classes=10) for attention in ("pairwise", "patchwise")]
+    found = [kept(network, x) for network in networks]
+    assert max(found) < 0.9 * resnet
     monkeypatch.setattr(training, "DEVICES", set())
     monkeypatch.setattr(fused, "suits", lambda x: False)
-    assert found < 0.5 * kept(network, x)
+    for few, network in zip(found, networks, strict=True):
+        assert few < 0.5 * kept(network, x)
