@@ -130,6 +130,15 @@ COMMANDS = {
         san convert published.pth san10_patchwise.safetensors
         """,
     ),
+    "demo": Command(
+        "san.cli.commands.demo:demo",
+        "a page in the browser on which to look at networks",
+        """
+        san demo                                          # the small network that comes with the package
+        san demo --checkpoint runs/first --checkpoint runs/second    # side by side
+        san demo --checkpoint model.safetensors --port 8000 --no-open-browser
+        """,
+    ),
 }
 
 

@@ -32,8 +32,9 @@ class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 def call(name: str, function: Callable[..., Any], words: list[str], examples: str) -> Any:
     """Call `function` with the arguments that a command line gives.
 
-    Parameters without a default and `*parameters` become positional, the others options; `--config FILE` reads options
-    from YAML, and what stands behind it on the line overrides the file.
+    Parameters without a default and `*parameters` become positional, the others options, of which a `list[str]` may be
+    given several times; `--config FILE` reads options from YAML, and what stands behind it on the line overrides the
+    file.
 
     Args:
         name: What the user typed in front, such as "san train".
@@ -44,9 +45,9 @@ def call(name: str, function: Callable[..., Any], words: list[str], examples: st
     Raises:
         UserError: An unknown option or key, a missing argument, a value of the wrong type.
     """
-    parser = _parser(name, function, examples)
+    parser, lists = _parser(name, function, examples), _lists(function)
     try:
-        namespace = parser.parse_args([_dashed(word) for word in words])
+        namespace = parser.parse_args([_dashed(word, lists) for word in words])
         values = vars(parser.instantiate(namespace))
     except ArgumentError as error:
         raise UserError(_sentence(str(error), parser, function)) from None
@@ -88,9 +89,20 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
         parser.add_argument(option, type=hint, default=parameter.default, help=text)
 
 
-def _dashed(word: str) -> str:
+def _lists(function: Callable[..., Any]) -> set[str]:
+    """The options that hold a list; each time that one is given adds to it."""
+    hints = typing.get_type_hints(function).items()
+    lists = [name for name, hint in hints if any(each == list[str] for each in (hint, *typing.get_args(hint)))]
+    return {"--" + name.replace("_", "-") for name in lists}
+
+
+def _dashed(word: str, lists: set[str]) -> str:
     option, equals, value = word.partition("=")
-    return option.replace("_", "-") + equals + value if option.startswith("--") else word
+    if not option.startswith("--"):
+        return word
+    option = option.replace("_", "-")
+    # jsonargparse's own sign for adding to a list.
+    return option + "+" * (option in lists) + equals + value
 
 
 def _sentence(message: str, parser: ArgumentParser, function: Callable[..., Any]) -> str:

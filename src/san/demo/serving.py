@@ -1,0 +1,122 @@
+"""Serving the page to this machine alone: on the loopback address, and with no way to ask another host for anything."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
+from threading import Event
+from typing import Any
+
+# Before gradio is imported, which would otherwise tell its makers that a page was started.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from san.demo.networks import Network
+from san.demo.page import STYLE, build_page
+from san.demo.uploads import MOST_MEGABYTES
+from san.errors import UserError
+
+__all__ = ["HOST", "serve", "served"]
+
+HOST = "127.0.0.1"
+"""Where the page is served: the loopback address, which other machines cannot reach."""
+_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+_MONO = ("ui-monospace", "Consolas", "monospace")
+# A browser refuses whatever is not from the page's own address, so nothing that gradio names elsewhere is asked for.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; font-src 'self' data:; worker-src 'self' blob:; "
+    "frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+)
+
+
+class _ContentPolicy:
+    """Adds the policy to every answer."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", _POLICY.encode())
+                message = {**message, "headers": [*message.get("headers", ()), policy]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def serve(networks: Sequence[Network], *, port: int | None = None, open_browser: bool = True) -> None:
+    """Serve the page until Ctrl-C, and print its address.
+
+    Args:
+        networks: As `load_networks` gives them; the first two stand side by side.
+        port: Where on `HOST`; default the first free one from 7860 on.
+        open_browser: Show the page in a browser.
+
+    Raises:
+        UserError: The port is taken.
+    """
+    with served(networks, port=port, open_browser=open_browser) as (_, address):
+        print(f"{address} (this machine only; Ctrl-C ends it)", flush=True)
+        Event().wait()
+
+
+@contextmanager
+def served(
+    networks: Sequence[Network], *, port: int | None = None, open_browser: bool = False
+) -> Generator[tuple[gr.Blocks, str]]:
+    """The page and its address, served by other threads as long as the block runs; arguments as of `serve`.
+
+    Uploads and pictures lie in a folder of their own meanwhile, which is removed at the end.
+    """
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="san-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = build_page(networks)
+        try:
+            yield page, _launch(page, port, open_browser)
+        finally:
+            page.close(verbose=False)
+            _restore("GRADIO_TEMP_DIR", before)
+
+
+def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), Middleware(_ContentPolicy)]
+    page.queue(max_size=64, api_open=False)
+    try:
+        _, address, _ = page.launch(
+            server_name=HOST,
+            server_port=port,
+            inbrowser=open_browser,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            footer_links=[],
+            max_file_size=f"{MOST_MEGABYTES}mb",
+            state_session_capacity=64,
+            theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
+            # Not as `css`, whose rules gradio takes apart and leaves some out.
+            head=f"<style>{STYLE}</style>",
+            app_kwargs={"middleware": guards},
+        )
+    except OSError as problem:
+        where = f"port {port} is" if port else "the ports from 7860 on are"
+        raise UserError(f"{where} not free; name another with --port") from problem
+    return address
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
