@@ -1,12 +1,14 @@
 """Size, time and memory of exported networks beside PyTorch, on the CPU.
 
-    python benchmarks/export.py [--network san10_pairwise] [--batches 1 4] [--rounds 7] [--json results.json]
+    python benchmarks/export.py [--network san10_pairwise] [--batches 1 4] [--rounds 7] [--keep FOLDER]
+        [--json results.json]
 
 Contestants: the library as it is ("san"), the library with its reference formulas ("reference", what the files hold),
 ONNX Runtime, AOTInductor and the torch.export program. Time: they take turns in one process, all on as many threads;
 medians of the rounds and of the ratios to "san" round by round. Memory: a fresh process for each runs one batch and
-reports how far its peak resident memory rises above what it held before. With --json, the networks that the file holds
-already stay in it.
+reports how far its peak resident memory rises above what it held before. With --keep, exported files stay in a folder
+and are not written again; `--batches` without numbers only writes them, as compiling takes longer than measuring. With
+--json, the networks that the file holds already stay in it.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 
 from san import create_model, ops
 from san.evaluation.speed.clock import ratios, spread, take_turns
 from san.evaluation.speed.machine import describe_machine, describe_versions
 from san.export import FORMATS, export_model
+from san.export.formats import OPSET
 
 SIDE = 224
 FILES = ("onnx", "aot-inductor", "torch-export")
@@ -42,23 +45,24 @@ def network(name: str) -> torch.nn.Module:
     return create_model(name).eval()
 
 
-def file_of(folder: Path, format: str) -> Path:
+def file_of(folder: Path, name: str, format: str) -> Path:
     """Where an exported file lies."""
-    return folder / f"{format}{FORMATS[format].suffix}"
+    return folder / f"{name}{FORMATS[format].mark}{FORMATS[format].suffix}"
+
+
+def write(name: str, format: str, folder: Path) -> float:
+    """Export once; gives the file's size in MB."""
+    path = file_of(folder, name, format)
+    if not path.exists():
+        export_model(network(name), path, format, limit=4)
+    return round(path.stat().st_size / 1e6, 1)
 
 
 def step(contestant: str, name: str, folder: Path, batch: int) -> Step:
     """One inference of a contestant, ready to be repeated."""
     images = np.random.default_rng(0).standard_normal((batch, 3, SIDE, SIDE), dtype=np.float32)
-    if contestant == "onnx":
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Otherwise its threads keep the cores busy while others take their turn.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(file_of(folder, "onnx"), options)
-        return lambda: session.run(None, {"images": images})
     if contestant in FILES:
-        run = FORMATS[contestant].load(file_of(folder, contestant))
+        run = FORMATS[contestant].load(file_of(folder, name, contestant))
         return lambda: run(images)
     model, given = network(name), torch.from_numpy(images)
 
@@ -87,18 +91,14 @@ def report_peak(contestant: str, name: str, folder: Path, batch: int) -> None:
 
 def peak(contestant: str, name: str, folder: Path, batch: int) -> float:
     """`report_peak` in a process of its own."""
-    words = ["--network", name, "--batches", str(batch), "--peak-of", contestant, "--folder", str(folder)]
+    words = ["--network", name, "--batches", str(batch), "--peak-of", contestant, "--keep", str(folder)]
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True, text=True)
     return round(float(done.stdout.split()[-1]), 1)
 
 
 def measure(name: str, batches: list[int], rounds: int, folder: Path) -> dict[str, Any]:
     """Everything about one network."""
-    files = {}
-    for format in FILES:
-        result = export_model(network(name), file_of(folder, format), format, limit=4)
-        files[format] = {"megabytes": round(result.bytes / 1e6, 1), "max_error": result.agreement.max_error}
-    found: dict[str, Any] = {"files": files, "batches": {}}
+    found: dict[str, Any] = {"megabytes": {format: write(name, format, folder) for format in FILES}, "batches": {}}
     for batch in batches:
         times = take_turns({each: step(each, name, folder, batch) for each in CONTESTANTS}, rounds)
         found["batches"][str(batch)] = {
@@ -116,22 +116,24 @@ def main() -> None:
     """Parse, measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="san10_pairwise")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="images at a time (default 1 and 4)")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="images at a time (default 1 and 4)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
+    parser.add_argument("--keep", type=Path, help="folder for exported files")
     parser.add_argument("--json", type=Path, help="also write the result here")
     parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
-        report_peak(options.peak_of, options.network, options.folder, options.batches[0])
+        report_peak(options.peak_of, options.network, options.keep, options.batches[0])
         return
-    with TemporaryDirectory() as folder:
-        result = measure(options.network, options.batches, options.rounds, Path(folder))
+    with TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        result = measure(options.network, options.batches, options.rounds, folder)
     result |= {
         "what": f"{options.network}, {SIDE}x{SIDE}, float32, inference, random weights",
         "date": datetime.date.today().isoformat(),
         "machine": {**describe_machine(), "threads": torch.get_num_threads()},
-        "versions": {**describe_versions(), "onnxruntime": onnxruntime.__version__},
+        "versions": {**describe_versions(), "onnxruntime": version("onnxruntime")},
+        "opset": OPSET,
     }
     earlier = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     text = json.dumps({**earlier, options.network: result}, indent=2)

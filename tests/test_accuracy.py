@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import san
 from san.data import ImageFiles, load_dataset
 from san.errors import UserError
-from san.evaluation.accuracy import evaluate
+from san.evaluation.accuracy import eval_mode, evaluate
 from san.evaluation.prediction import predict
 
 STEP = 30
@@ -151,11 +152,20 @@ def test_mistakes(grey):
         list(predict(GreyLevel(), paths, top=0))
 
 
-def test_mode_is_restored(grey):
-    model = san.create_model("san4_patchwise", num_classes=10).train()
+def test_modes_are_restored(grey):
+    """Also those of parts that were set apart, such as BatchNorm that is frozen."""
+    model: Any = san.create_model("san4_patchwise", num_classes=10).train()
+    model.bn1.eval()
+    modes = [part.training for part in model.modules()]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     evaluate(model, ImageFiles(grey(0, 1), labels=[0, 1]), [str(number) for number in range(10)])
-    assert model.training
+    assert [part.training for part in model.modules()] == modes
+    assert set(modes) == {True, False}
+    model.eval().bn1.train()
+    with eval_mode(model):
+        assert not model.bn1.training
+    assert model.bn1.training
+    assert not model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

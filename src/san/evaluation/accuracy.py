@@ -93,7 +93,7 @@ def evaluate(
 ) -> Accuracy:
     """Judge a model on labelled images, on the device where it is and with the preprocessing that it carries.
 
-    The model runs in eval mode and is left in the mode it had.
+    The model runs in eval mode, and each part of it is left in the mode that it had.
 
     Args:
         model: As `san.create_model` or `san.checkpoints.load_model` give it.
@@ -137,13 +137,16 @@ def _rank(model: nn.Module, batch: Batch, numbers: np.ndarray) -> tuple[np.ndarr
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Generator[None]:
-    """Running statistics and no dropout inside, the mode that the model had afterwards."""
-    was_training = model.training
+    """Running statistics and no dropout inside; afterwards every part has the mode that it had, frozen ones too."""
+    modes = {part: part.training for part in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        # First the whole, for parts that do more than remember their mode.
+        model.train(modes[model])
+        for part, training in modes.items():
+            part.training = training
 
 
 def _percent(part: int, whole: int) -> float:

@@ -40,6 +40,8 @@ class OnnxModel:
             raise UserError(f"there is no file {path}; give an .onnx file that `san export` wrote")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
+        # Threads that wait actively are no faster here, and take the cores from whoever decodes the next images.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         # Its exceptions have no common base.

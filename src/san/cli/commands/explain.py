@@ -62,6 +62,7 @@ def explain(
     model = load_model(checkpoint).to(chosen_device(device))
     options: dict[str, Any] = {"pixel": place, "layers": None if layer is None else listed(layer)}
     options |= {"target": _class(model, target), "progress": partial(progress, what="measuring layers")}
+    _check_group(model, options["layers"], group)
     broken = 0
     for path, folder in zip(paths, folders, strict=True):
         image = _prepared(model, path)
@@ -108,6 +109,20 @@ def _class(model: Any, word: str | None) -> int | None:
         return int(word)
     near = difflib.get_close_matches(word, words, 1, 0.0)
     raise UserError(f"--target {word} is no class; give a number up to {len(words) - 1}, or a name such as {near[0]}")
+
+
+def _check_group(model: Any, names: Sequence[str] | None, group: int | None) -> None:
+    """As `figures` does, but before images are worked on."""
+    from san.attention_maps.observation import find_layers
+
+    for name, layer in find_layers(model, names).items():
+        # Scalar attention has one.
+        groups = getattr(layer, "groups", 1)
+        if group is not None and not 0 <= group < groups:
+            raise UserError(
+                f"layer {name} has no weight group {group}, only 0 to {groups - 1}; choose another with --group, or "
+                "with --layer the layers that have it"
+            )
 
 
 def _folders(out: str, paths: Sequence[Path]) -> list[Path]:
