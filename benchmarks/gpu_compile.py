@@ -1,10 +1,12 @@
 """Compile every Triton kernel that SAN10 launches, without a GPU: registers, spills and shared memory of each.
 
-    python benchmarks/gpu_compile.py [--capability 80 90] [--dtype bfloat16] [--layers all|few] [--json results.json]
+    python benchmarks/gpu_compile.py [--target sm_80 sm_90 gfx942] [--dtype bfloat16] [--layers all|few]
+        [--json results.json]
 
 The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
-noted instead of done; each kernel is then compiled for GPUs of the given compute capabilities with its constants and
-its number of warps. Exit code 1 if one spills registers or asks for more shared memory than a multiprocessor has.
+noted instead of done; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by
+architecture, with its constants and its number of warps. Exit code 1 if one does not compile, spills registers or asks
+for more shared memory than a multiprocessor has.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ RUN = {
     "pairwise_attention": pairwise_host.run,
     "patchwise_attention": patchwise_host.run,
 }
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Shared memory of a block at most, in bytes.
+SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 SHOWN = ("R", "G", "GIVEN", "LAYERS", "ATTEND", "FROM", "TO", "LANES", "KERNEL")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
@@ -98,25 +101,34 @@ def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
     RUN[problem.operator](call).float().sum().backward()
 
 
-def compiled(launch: dict[str, Any], capability: int) -> dict[str, Any]:
-    """Registers of a thread, bytes spilled by it, and shared memory of a block, for one GPU."""
+def gpu(target: str) -> GPUTarget:
+    """What Triton calls a target."""
+    if target.startswith("sm_"):
+        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return GPUTarget("hip", target, 64)
+
+
+def compiled(launch: dict[str, Any], target: str) -> dict[str, Any]:
+    """Registers of a thread, what it spills, and shared memory of a block, for one GPU."""
     function = getattr(importlib.import_module(launch["module"]), launch["kernel"])
     kinds, constants = launch["kinds"], launch["constants"]
     signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, name in enumerate(function.arg_names) if kinds.get(name, "").startswith("*")}
     source = ASTSource(function, signature, constants, attributes)
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
-    usage = resources(found.asm["cubin"])
-    return {
+    row = {
         "kernel": launch["kernel"],
         "form": launch["module"].split(".")[-2],
-        "capability": capability,
+        "target": target,
         **{key: constants[key] for key in SHOWN if key in constants},
-        "warps": found.metadata.num_warps,
-        **usage,
-        "shared": found.metadata.shared,
+        "warps": launch["options"].get("num_warps", 4),
     }
+    try:
+        found = triton.compile(source, target=gpu(target), options=launch["options"])
+    except RuntimeError as error:
+        return {**row, "error": str(error).splitlines()[0]}
+    usage = resources(found.asm["cubin"]) if "cubin" in found.asm else amd_resources(found.asm["amdgcn"])
+    return {**row, **usage, "shared": found.metadata.shared}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -130,10 +142,16 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "stack": stack}
 
 
+def amd_resources(assembly: str) -> dict[str, int]:
+    """The same of an AMD kernel, whose assembly lists it; `stack` are bytes that lie outside of registers."""
+    keys = {"registers": "vgpr_count", "stack": "private_segment_fixed_size"}
+    return {name: int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for name, key in keys.items()}
+
+
 def main() -> None:
     """Compile all and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED))
+    parser.add_argument("--target", nargs="+", default=["sm_90"], choices=list(SHARED))
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--layers", default="all", choices=["all", "few"])
     parser.add_argument("--json", type=Path)
@@ -143,7 +161,7 @@ def main() -> None:
     with device_modules(noted):
         for case, training in product(cases, (True, False)):
             note_call(replace(case, training=training), getattr(torch, given.dtype))
-    jobs = [(launch, capability) for capability in given.capability for launch in noted]
+    jobs = [(launch, target) for target in given.target for launch in noted]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(compiled, *zip(*jobs, strict=True)))
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -154,8 +172,8 @@ def main() -> None:
         given.json.write_text(
             json.dumps({"dtype": given.dtype, "triton": triton.__version__, "kernels": rows}, indent=1)
         )
-    bad = [row for row in rows if row["stack"] or row["shared"] > SHARED[row["capability"]]]
-    sys.exit(f"{len(bad)} of {len(rows)} kernels spill or ask for too much shared memory" if bad else 0)
+    bad = [row for row in rows if "error" in row or row["stack"] or row["shared"] > SHARED[row["target"]]]
+    sys.exit(f"{len(bad)} of {len(rows)} kernels fail, spill or ask for too much shared memory" if bad else 0)
 
 
 if __name__ == "__main__":
