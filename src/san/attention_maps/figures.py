@@ -16,11 +16,19 @@ from torch import Tensor
 
 from san.attention_maps.explanation import Explanation
 from san.attention_maps.extent import EffectiveFootprint
-from san.attention_maps.observation import ObservedLayer, pixels_per_place
+from san.attention_maps.observation import pixels_per_place
 from san.attention_maps.weights import PixelAttention
 from san.errors import UserError
 
-__all__ = ["draw_distances", "draw_footprints", "draw_groups", "draw_overview", "draw_rollout", "figures"]
+__all__ = [
+    "check_group",
+    "draw_distances",
+    "draw_footprints",
+    "draw_groups",
+    "draw_overview",
+    "draw_rollout",
+    "figures",
+]
 
 _MOST_GROUPS = 16
 # Shares are 0 or more; weights have a sign in patchwise attention, and 0 is white there.
@@ -45,7 +53,7 @@ def figures(explanation: Explanation, group: int | None = None) -> dict[str, Cal
         return found
     attentions = list(explanation.pixels.values())
     for attention in attentions:
-        _check_group(attention.observed, group)
+        check_group(attention.observed.name, attention.observed.groups, group)
     found["footprints"] = lambda: draw_footprints(shown, attentions, pixel, group)
     if group is None:
         for attention in {each.observed.size: each for each in attentions}.values():
@@ -57,11 +65,12 @@ def figures(explanation: Explanation, group: int | None = None) -> dict[str, Cal
     return found
 
 
-def _check_group(observed: ObservedLayer, group: int | None) -> None:
-    if group is not None and not 0 <= group < observed.groups:
+def check_group(layer: str, groups: int, group: int | None) -> None:
+    """Raise `UserError` unless `group` is None or one of a layer's weight groups."""
+    if group is not None and not 0 <= group < groups:
         raise UserError(
-            f"layer {observed.name} has no weight group {group}, only 0 to {observed.groups - 1}; choose another, or "
-            "the layers that have it"
+            f"layer {layer} has no weight group {group}, only 0 to {groups - 1}; choose another, or the layers that "
+            "have it"
         )
 
 
@@ -189,7 +198,7 @@ def draw_groups(
     distance = attention.distance()[0].cpu().numpy()
     chosen = _spread(distance, most) if groups is None else list(groups)
     for group in chosen:
-        _check_group(observed, group)
+        check_group(observed.name, observed.groups, group)
     figure, axes = _panels(1 + len(chosen), _columns(1 + len(chosen), 6), 2.1, height=2.3)
     laid = attention.on_map(attention.weights[0]).cpu().numpy()
     limits = _limits(laid[chosen], signed=observed.form == "patchwise")

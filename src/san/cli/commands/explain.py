@@ -113,16 +113,12 @@ def _class(model: Any, word: str | None) -> int | None:
 
 def _check_group(model: Any, names: Sequence[str] | None, group: int | None) -> None:
     """As `figures` does, but before images are worked on."""
+    from san.attention_maps.figures import check_group
     from san.attention_maps.observation import find_layers
 
     for name, layer in find_layers(model, names).items():
         # Scalar attention has one.
-        groups = getattr(layer, "groups", 1)
-        if group is not None and not 0 <= group < groups:
-            raise UserError(
-                f"layer {name} has no weight group {group}, only 0 to {groups - 1}; choose another with --group, or "
-                "with --layer the layers that have it"
-            )
+        check_group(name, getattr(layer, "groups", 1), group)
 
 
 def _folders(out: str, paths: Sequence[Path]) -> list[Path]:
