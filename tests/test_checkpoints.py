@@ -524,3 +524,11 @@ def test_run_that_has_not_ended_says_how_to_go_on(tmp_path: Path):
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UserError, match=f"has not ended; go on with: san train --resume {tmp_path}"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_an_exported_file_is_told_from_a_checkpoint(tmp_path, suffix):
+    path = tmp_path / f"exported{suffix}"
+    path.write_bytes(b"exported")
+    with pytest.raises(UserError, match="is an exported file, which is no checkpoint"):
+        load_model(path)

@@ -9,7 +9,7 @@ import zlib
 from pathlib import Path
 from threading import Thread
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
@@ -313,20 +313,24 @@ def test_the_page_is_served_to_this_machine_alone(tmp_path, monkeypatch):
     with served(networks) as (page, address):
         assert address.startswith(f"http://{HOST}:")
         assert page.server.config.host == HOST
-        answer = urlopen(address)
+        # Not through a proxy that the environment may name.
+        ask = build_opener(ProxyHandler({})).open
+        answer = ask(address)
         assert "default-src 'self'" in answer.headers["content-security-policy"]
         assert "What self-attention sees" in answer.read().decode()
         with pytest.raises(HTTPError, match="400"):
-            urlopen(Request(address, headers={"Host": "elsewhere.example"}))
+            ask(Request(address, headers={"Host": "elsewhere.example"}))
     assert {host for host, *_ in asked if isinstance(host, str)} == {HOST}
     assert [path.name for path in tmp_path.iterdir()] == ["network.safetensors"]
 
 
-def test_a_taken_port_and_a_missing_checkpoint_end_in_a_sentence(tmp_path, capsys):
+def test_a_port_that_is_taken_or_none_and_a_missing_checkpoint_end_in_a_sentence(tmp_path, capsys):
     path = str(_saved(tmp_path / "network.safetensors"))
     with socket.create_server((HOST, 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["demo", "--checkpoint", path, "--port", port, "--no-open-browser"]) == 2
     assert capsys.readouterr().err == f"san: error: port {port} is not free; name another with --port\n"
+    assert main(["demo", "--checkpoint", path, "--port", "80000", "--no-open-browser"]) == 2
+    assert capsys.readouterr().err == "san: error: port 80000 does not exist; --port takes 1 to 65535\n"
     assert main(["demo", "--checkpoint", "nowhere.pth", "--checkpoint", path, "--no-open-browser"]) == 2
     assert "nowhere.pth" in capsys.readouterr().err

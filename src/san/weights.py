@@ -59,6 +59,11 @@ def read_weights(path: str | Path) -> Weights:
             raise UserError(f"the run in {path} has not ended; go on with: san train --resume {path}")
         what = f"{path} is a folder without model.safetensors" if path.is_dir() else f"checkpoint {path} does not exist"
         raise UserError(f"{what}; give a run folder, a .safetensors file or a published .pth")
+    if file.suffix in (".onnx", ".pt2"):
+        raise UserError(
+            f"{file} is an exported file, which is no checkpoint; give the checkpoint that it was made from (`san "
+            "predict` alone takes an .onnx file)"
+        )
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_published(file)
 
 

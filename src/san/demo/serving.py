@@ -60,7 +60,7 @@ def serve(networks: Sequence[Network], *, port: int | None = None, open_browser:
         open_browser: Show the page in a browser.
 
     Raises:
-        UserError: The port is taken.
+        UserError: The port is taken or does not exist.
     """
     with served(networks, port=port, open_browser=open_browser) as (_, address):
         print(f"{address} (this machine only; Ctrl-C ends it)", flush=True)
@@ -87,6 +87,8 @@ def served(
 
 
 def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
+    if port is not None and not 0 < port < 1 << 16:
+        raise UserError(f"port {port} does not exist; --port takes 1 to 65535")
     guards = [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), Middleware(_ContentPolicy)]
     page.queue(max_size=64, api_open=False)
     try:
