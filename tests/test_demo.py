@@ -298,7 +298,7 @@ def test_the_first_picture_is_recognised():
 
 
 def test_the_page_is_served_to_this_machine_alone(tmp_path, monkeypatch):
-    """Nothing listens elsewhere, no other host is asked, another name of this one is refused, and no file remains."""
+    """Nothing listens elsewhere, no other host or proxy is asked, another name is refused, and no file remains."""
     asked = []
     connect = socket.socket.connect
 
@@ -309,6 +309,8 @@ def test_the_page_is_served_to_this_machine_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", noted)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Nobody listens there: who asks it fails.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     networks = load_networks([_saved(tmp_path / "network.safetensors")])
     with served(networks) as (page, address):
         assert address.startswith(f"http://{HOST}:")

@@ -75,15 +75,33 @@ def served(
 
     Uploads and pictures lie in a folder of their own meanwhile, which is removed at the end.
     """
-    before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="san-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(networks)
-        try:
-            yield page, _launch(page, port, open_browser)
-        finally:
-            page.close(verbose=False)
-            _restore("GRADIO_TEMP_DIR", before)
+        with _environment(GRADIO_TEMP_DIR=folder, **_without_proxy()):
+            page = build_page(networks)
+            try:
+                yield page, _launch(page, port, open_browser)
+            finally:
+                page.close(verbose=False)
+
+
+def _without_proxy() -> dict[str, str]:
+    """Variables by which gradio, which asks its own page whether it is there, does not ask a proxy of the user's."""
+    others = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{others},{HOST}" if others else HOST)
+
+
+@contextmanager
+def _environment(**values: str) -> Generator[None]:
+    """Environment variables inside, and what they were afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
@@ -115,10 +133,3 @@ def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
         where = f"port {port} is" if port else "the ports from 7860 on are"
         raise UserError(f"{where} not free; name another with --port") from problem
     return address
-
-
-def _restore(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
