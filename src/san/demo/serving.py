@@ -75,13 +75,15 @@ def served(
 
     Uploads and pictures lie in a folder of their own meanwhile, which is removed at the end.
     """
-    with tempfile.TemporaryDirectory(prefix="san-demo-", ignore_cleanup_errors=True) as folder:
-        with _environment(GRADIO_TEMP_DIR=folder, **_without_proxy()):
-            page = build_page(networks)
-            try:
-                yield page, _launch(page, port, open_browser)
-            finally:
-                page.close(verbose=False)
+    with (
+        tempfile.TemporaryDirectory(prefix="san-demo-", ignore_cleanup_errors=True) as folder,
+        _environment(GRADIO_TEMP_DIR=folder, **_without_proxy()),
+    ):
+        page = build_page(networks)
+        try:
+            yield page, _launch(page, port, open_browser)
+        finally:
+            page.close(verbose=False)
 
 
 def _without_proxy() -> dict[str, str]:
