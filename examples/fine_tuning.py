@@ -12,7 +12,7 @@ equally often; printed is their accuracy on test images. The same from the comma
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,15 +59,15 @@ def compare(checkpoint: Path, data: Path, out: Path, **settings: Any) -> dict[st
 
 def main(words: list[str] | None = None) -> dict[str, float]:
     """Train all that is needed; print and return the accuracy from scratch and fine-tuned."""
-    parser = argparse.ArgumentParser(description="Fine-tuning to new classes")
-    parser.add_argument("--checkpoint", type=Path, help="start from this one instead of training on 0 to 4")
+    parser = ArgumentParser(description="Fine-tuning to new classes", formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="start from this one; if none, train on 0 to 4")
     parser.add_argument("--known", type=int, default=400, help="images of each digit from 0 to 4")
     parser.add_argument("--tested", type=int, default=100, help="test images of each digit from 5 to 9")
     parser.add_argument("--images", type=int, default=10, help="images of each digit from 5 to 9")
-    parser.add_argument("--pretraining-epochs", type=int, default=4)
+    parser.add_argument("--pretraining-epochs", type=int, default=4, help="on 0 to 4")
     parser.add_argument("--epochs", type=int, default=10, help="on 5 to 9")
     parser.add_argument("--rate", type=float, default=0.005, help="learning rate on 5 to 9")
-    parser.add_argument("--batch-size", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=10, help="images a step")
     options = parser.parse_args(words)
 
     # All images are for training: the last epoch counts, so none has to be chosen.

@@ -1,9 +1,9 @@
 """A recurrent network of attention alone that predicts the next frame of moving digits, at footprints 3 to 11.
 
 The cell is ConvLSTM's (Shi et al., 2015): input and state go through one layer, which gives the gates of an LSTM at
-every pixel. Here that layer is attention instead of a convolution. All the rest works on single pixels, so the
-footprint alone says how far a step can see, while digits move by up to 3 pixels a frame, down and across. Printed
-is the mean squared error for each footprint, beside that of copying the last frame.
+every pixel. Here that layer is attention. All the rest works on single pixels, so the footprint alone says how far a
+step can see, while digits move by up to 3 pixels a frame. Printed is the mean squared error for each footprint,
+beside that of copying the last frame.
 
     python examples/next_frame.py                                   # about two minutes on 2 cores
     python examples/next_frame.py --layer pairwise --footprints 5   # or convolution
@@ -11,7 +11,7 @@ is the mean squared error for each footprint, beside that of copying the last fr
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import torch
 from digits import load_digits
@@ -93,11 +93,11 @@ def trained(model: nn.Module, digits: Tensor, steps: int, batch: int) -> nn.Modu
 
 def main(words: list[str] | None = None) -> dict[str, float]:
     """Train a network for each footprint; print and return the errors on films of digits that none has seen."""
-    parser = argparse.ArgumentParser(description="The next frame, by attention alone")
+    parser = ArgumentParser(description="The next frame, by attention", formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--layer", default="patchwise", choices=["pairwise", "patchwise", "convolution"])
-    parser.add_argument("--footprints", nargs="+", type=int, default=[3, 5, 7, 9, 11])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--footprints", nargs="+", type=int, default=[3, 5, 7, 9, 11], help="widths, in pixels")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for each footprint")
+    parser.add_argument("--batch", type=int, default=8, help="films a step")
     options = parser.parse_args(words)
 
     # Without their margin, at half their size: 10×10.

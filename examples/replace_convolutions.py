@@ -10,7 +10,7 @@ Printed are parameters, multiply-adds and accuracy on the test digits at each po
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 import timm
 import torch
@@ -65,12 +65,14 @@ def describe(what: str, model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
     return share
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> ArgumentParser:
     """What the command line takes."""
-    parser = argparse.ArgumentParser(description="Attention in place of a ResNet's convolutions")
-    parser.add_argument("--layers", nargs="+", default=["layer2", "layer3"], help="names or patterns")
+    parser = ArgumentParser(
+        description="Attention in place of a ResNet's convolutions", formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--layers", nargs="+", default=["layer2", "layer3"], help="where, by names or patterns")
     parser.add_argument("--form", default="pairwise", help="pairwise, patchwise or scalar")
-    parser.add_argument("--footprint", type=int, default=3)
+    parser.add_argument("--footprint", type=int, default=3, help="width, in places")
     parser.add_argument("--steps", type=int, default=150, help="of training, before replacing and after")
     parser.add_argument("--judged", type=int, default=1000, help="test images")
     return parser

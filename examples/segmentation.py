@@ -11,7 +11,7 @@ segmentation or detection, goes in its place; `backbone.feature_info` tells it c
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from typing import Any
 
 import timm
@@ -87,10 +87,10 @@ def train(model: nn.Module, digits: tuple[Tensor, Tensor], steps: int, batch: in
 
 def main(words: list[str] | None = None) -> dict[str, float]:
     """Train, print and return the mean IoU before and after, and that of calling every pixel background."""
-    parser = argparse.ArgumentParser(description="Segmentation on a SAN backbone")
+    parser = ArgumentParser(description="Segmentation on a SAN backbone", formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--backbone", default="san4_pairwise", help="a network of san.list_models()")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--judged", type=int, default=200, help="pictures of test digits to judge by")
     options = parser.parse_args(words)
 

@@ -157,6 +157,20 @@ def test_predict_files_and_folders(run, checkpoint, photos):
     assert all(len(line) == 2 and line[1].split()[0] in ("cat", "dog") for line in lines)
 
 
+def test_wordnet_ids_are_told_in_words(run, photos, tmp_path):
+    """As ImageNet's folders are named, which nobody reads; another name among them, and all stay as they are."""
+    answers = []
+    for names in (["n01443537", "n04398044"], ["n01443537", "teapot"]):
+        model = san.create_model("san4_pairwise", num_classes=2)
+        model.pretrained_cfg["label_names"] = names
+        save_model(model, tmp_path / "things.safetensors")
+        code, out, _ = run("predict", tmp_path / "things.safetensors", f"{photos}/val/cat/0.png", "--json")
+        found = json.loads(out)
+        answers.append(dict(zip(found["numbers"], found["classes"], strict=True)))
+        assert code == 0
+    assert answers == [{0: "goldfish, Carassius auratus", 1: "teapot"}, {0: "n01443537", 1: "teapot"}]
+
+
 def test_predict_reads_a_list(run, checkpoint, photos, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/val/cat/0.png\n\n{photos}/val/dog/0.png\n"))
     code, out, _ = run("predict", checkpoint, "-", "--json")

@@ -36,11 +36,11 @@ def test_segmentation_finds_digits(main):
 
 
 def test_replacing_convolutions_keeps_the_other_weights_and_new_layers_learn(main, capsys):
-    found = main("replace_convolutions")(["--steps", "25", "--layers", "layer2", "--judged", "100"])
+    found = main("replace_convolutions")(["--steps", "40", "--judged", "200"])
     assert found["kept"] == 1
     assert found["convolutions"] > found["replaced"]
     assert found["attention"] > found["replaced"]
-    assert "layer2.0.conv2, layer2.1.conv2" in capsys.readouterr().out
+    assert "layer2.0.conv2, layer2.1.conv2, layer3.0.conv2, layer3.1.conv2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layer", ["pairwise", "patchwise"])

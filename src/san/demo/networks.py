@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from timm.data import ImageNetInfo
 from torch import nn
 
 from san.attention_maps import attention_layers
@@ -73,7 +71,7 @@ def _network(name: str, model: nn.Module) -> Network:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     described = cast("Any", model)
-    words = _words(model)
+    words = class_words(model, short=True)
     if not words:
         raise UserError(f"{name} has no classifier, so there is no answer to show; name a network that has one")
     if described.options.get("in_chans", 3) != 3:
@@ -85,17 +83,3 @@ def _network(name: str, model: nn.Module) -> Network:
     count = sum(parameter.numel() for parameter in model.parameters())
     about = f"{described.architecture} · {count:,} parameters · {len(words)} classes · {width}×{height} pixels"
     return Network(name, model, pixel_model, words, groups, about)
-
-
-def _words(model: nn.Module) -> list[str]:
-    """The classes' names; WordNet ids, which folders of ImageNet are named by, in their first word."""
-    names = class_words(model)
-    known = set(_imagenet().label_names())
-    if names and set(names) <= known:
-        return [_imagenet().label_name_to_description(name).split(", ")[0] for name in names]
-    return names
-
-
-@cache
-def _imagenet() -> ImageNetInfo:
-    return ImageNetInfo()

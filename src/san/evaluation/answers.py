@@ -29,12 +29,14 @@ class Prediction:
     Args:
         image: The image's path.
         classes: Names of the likeliest classes, best first; empty for a broken image.
+        numbers: Of these classes, from 0, in the order of the model's scores.
         probabilities: Of these classes, in [0, 1].
         error: A sentence that says why the image could not be read, else None.
     """
 
     image: str
     classes: list[str]
+    numbers: list[int]
     probabilities: list[float]
     error: str | None = None
 
@@ -91,9 +93,9 @@ class _Unreadable:
 
 def _prediction(path: str | Path, image: Any, found: Iterator[Any], names: list[str]) -> Prediction:
     if isinstance(image, _Unreadable):
-        return Prediction(str(path), [], [], error=image.sentence)
+        return Prediction(str(path), [], [], [], error=image.sentence)
     probabilities, numbers = next(found)
-    return Prediction(str(path), [names[number] for number in numbers], probabilities)
+    return Prediction(str(path), [names[number] for number in numbers], numbers, probabilities)
 
 
 def _sentence(path: str | Path, cause: Any) -> str:

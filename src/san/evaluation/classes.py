@@ -19,13 +19,19 @@ from san.errors import UserError
 __all__ = ["class_words", "match_classes"]
 
 
-def class_words(model: nn.Module) -> list[str]:
-    """What to call a model's classes: by its own names, else ImageNet's words for 1000 of them, else numbers."""
-    if names := _own_names(model):
-        return names
-    if _classes(model) == _imagenet().num_classes():
-        return [_imagenet().index_to_description(number) for number in range(_classes(model))]
-    return list(map(str, range(_classes(model))))
+def class_words(model: nn.Module, *, short: bool = False) -> list[str]:
+    """What to call a model's classes, by number.
+
+    Their own names, or numbers where there are none. WordNet ids of ImageNet, which its folders are named by, are put
+    in words, and so are the 1000 classes of a model without names. `short` gives the first of ImageNet's synonyms.
+    """
+    names, imagenet = _own_names(model), _imagenet()
+    if not names and _classes(model) == imagenet.num_classes():
+        names = list(imagenet.label_names())
+    if names and set(names) <= set(imagenet.label_names()):
+        words = [imagenet.label_name_to_description(name) for name in names]
+        return [word.split(", ")[0] for word in words] if short else words
+    return names or list(map(str, range(_classes(model))))
 
 
 def match_classes(model: nn.Module, names: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -102,9 +102,12 @@ def _class(model: Any, word: str | None) -> int | None:
     """The number of a class that was named, or numbered."""
     from san.evaluation.classes import class_words
 
+    if word is None:
+        return None
     words = class_words(model)
-    if word is None or word in words:
-        return None if word is None else words.index(word)
+    for names in (model.pretrained_cfg.get("label_names") or [], words, class_words(model, short=True)):
+        if word in names:
+            return names.index(word)
     if word.isdecimal() and int(word) < len(words):
         return int(word)
     near = difflib.get_close_matches(word, words, 1, 0.0)
@@ -169,4 +172,4 @@ def _show(path: Path, explanation: Any, written: list[Path], json: bool) -> None
     (height, width), (x, y) = explanation.shown.shape[:2], explanation.pixel
     print(f"{path}: {name} {100 * probability:.1f} %; pixel {x},{y} of {width}×{height}")
     print(as_table(rows) if rows else _WITHOUT)
-    print("wrote " + ", ".join(files), flush=True)
+    print(f"wrote {written[0].parent}: {', '.join(file.name for file in written)}", flush=True)

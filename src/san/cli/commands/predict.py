@@ -25,7 +25,8 @@ def predict(
 
     Prints a line for each image: its path, then classes and probabilities, best first; with --json an object a line.
     A file that is no image is reported on standard error and skipped; the others are still judged, and the exit code
-    is 2 then. The classes of a model of 1000 classes without names are called by ImageNet's words.
+    is 2 then. WordNet ids such as n01440764, and the classes of a model of 1000 without names, are called by ImageNet's
+    words.
 
     Args:
         checkpoint: A run folder, a .safetensors file, a published .pth, or an .onnx file that `san export` wrote, which
