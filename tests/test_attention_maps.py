@@ -452,6 +452,19 @@ def test_rollout_without_attention_stays_at_its_pixel():
         rollout(observed, (16, 9))
 
 
+def test_rollout_loses_nothing_where_all_weights_are_zero():
+    """As in a patchwise layer whose last γ starts at 0: every place that is read has an equal share."""
+    observed = _observed("patchwise clique zeros")
+    with torch.no_grad():
+        for parameter in observed.layer.parameters():
+            parameter.zero_()
+    pixel = pixel_attention(observed, (6, 5))
+    assert not pixel.weights.any()
+    torch.testing.assert_close(pixel.shares().sum(-1), torch.ones_like(pixel.shares().sum(-1)))
+    found = rollout({"layer": observed}, (6, 5), residual=0.0)["image"]
+    assert found.sum((1, 2)).tolist() == pytest.approx([1, 1])
+
+
 def test_rollout_through_strides_and_zeros():
     """Centres of a strided layer hand on their own part; what a border of zeros would get goes to the others."""
     for name in ("pairwise strided", "patchwise clique zeros"):
@@ -651,7 +664,7 @@ def test_the_command_draws_and_tells(run, checkpoints, photo, tmp_path):
     assert [row.split()[:5] for row in rows][2] == ["layer1.1.sam", "patchwise", "14×14", "5×5", "4"]
     names = ["overview", "footprints", *(f"groups-layer{name}.sam" for name in ("0.0", "1.1", "2.0")), "distances"]
     files = [tmp_path / "photo" / f"{name}.png" for name in [*names, "rollout"]]
-    assert written == "wrote " + ", ".join(map(str, [*files, tmp_path / "photo" / "arrays.npz"]))
+    assert written == f"wrote {tmp_path / 'photo'}: {', '.join(file.name for file in files)}, arrays.npz"
     for file in files:
         with Image.open(file) as picture:
             assert min(picture.size) > 200
@@ -684,6 +697,15 @@ def test_the_arrays_are_what_the_page_says(run, checkpoints, photo, tmp_path):
     page = (ROOT / "docs" / "attention.md").read_text()
     kinds = {"LAYER/" * ("/" in key) + key.rpartition("/")[2] for key in arrays}
     assert [kind for kind in kinds if f"`{kind}`" not in page] == []
+
+
+@pytest.mark.parametrize("name", ["n01443537", "goldfish", "goldfish, Carassius auratus", "0"])
+def test_a_class_of_imagenet_goes_by_its_id_and_its_words(run, photo, tmp_path, name):
+    model = san.create_model("baseline_resnet26", 2, layers=(1, 1, 1, 1), channels=(8, 16, 16, 16))
+    model.pretrained_cfg.update(input_size=(3, 28, 28), label_names=["n01443537", "n04398044"])
+    save_model(model, tmp_path / "things.safetensors")
+    code, out, _ = run(tmp_path / "things.safetensors", photo, "--target", name, "--json", "--out", tmp_path)
+    assert (code, json.loads(out)["class_name"]) == (0, "goldfish, Carassius auratus")
 
 
 def test_networks_without_attention_get_grad_cam(run, checkpoints, photo, tmp_path):
@@ -724,11 +746,14 @@ def test_images_of_one_name_and_broken_ones(run, checkpoints, photo, tmp_path):
         (["PHOTO", "--group", "-1"], "has no weight group -1"),
         (["PHOTO", "--target", "dgo"], "--target dgo is no class; give a number up to 1, or a name such as dog"),
         (["PHOTO", "--target", "2"], "--target 2 is no class"),
+        # What is wrong with the arguments comes first: nothing is said of the image, which is none.
+        (["BROKEN", "--group", "9"], "has no weight group 9"),
         (["PHOTO", "--out", "PHOTO"], "cannot be the folder for the results"),
     ],
 )
 def test_mistakes_have_their_sentence(run, checkpoints, photo, words, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "BROKEN").write_bytes(b"nothing")
     code, out, err = run(checkpoints["san4_pairwise"], *(photo if word == "PHOTO" else word for word in words))
     assert (code, out) == (2, "")
     assert err.startswith("san: error: ")

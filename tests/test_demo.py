@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import struct
+import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from urllib.error import HTTPError
@@ -23,7 +27,7 @@ from san.cli import main
 from san.demo.charts import draw_turning
 from san.demo.networks import PACKAGED, load_networks
 from san.demo.samples import samples_for
-from san.demo.serving import HOST, served
+from san.demo.serving import HOST, serve, served
 from san.demo.showing import Controls, Look, Showing
 from san.demo.uploads import read_upload
 from san.errors import UserError
@@ -116,6 +120,18 @@ def test_a_group_of_another_layer_and_a_point_outside_do_no_harm(showing):
     assert "pixel 27, 0 " in showing.draw(look, _controls(showing, point=(1.0, -3.0), group="group 99"))
 
 
+def test_a_network_that_is_chosen_but_waits_for_its_turn_mixes_nothing_up(showing):
+    """The menu says patchwise already, but what is known of the picture is the pairwise network's, and its layers."""
+    early = _look(showing, strength=2)
+    controls = _controls(showing, "patchwise.safetensors", strength=4)
+    found = showing.change(early, controls)
+    own = _controls(showing, strength=4)
+    assert torch.equal(found.changed.probabilities, showing.change(early, own).changed.probabilities)
+    assert showing.draw(found, controls) == showing.draw(found, own)
+    unknown, middle = _controls(showing, layer="layer9"), showing.networks["pairwise.safetensors"].first_layer
+    assert showing.draw(found, unknown) == showing.draw(found, _controls(showing, layer=middle))
+
+
 def test_the_verdict_tells_whether_the_answer_holds(showing):
     network = showing.networks["pairwise.safetensors"]
     look = _look(showing)
@@ -125,7 +141,7 @@ def test_the_verdict_tells_whether_the_answer_holds(showing):
     fallen[look.taken.answer - 1] = 1
     for probabilities, words in ((look.taken.probabilities, f"Holds: {first}"), (fallen, f"Falls to {other}")):
         changed = type(look.changed)(10, 0, look.changed.turned, look.changed.pixels, probabilities)
-        assert words in showing.draw(Look(look.taken, changed), _controls(showing))
+        assert words in showing.draw(replace(look, changed=changed), _controls(showing))
 
 
 def test_the_curve_has_a_point_for_each_angle(showing):
@@ -336,3 +352,57 @@ def test_a_port_that_is_taken_or_none_and_a_missing_checkpoint_end_in_a_sentence
     assert capsys.readouterr().err == "san: error: port 80000 does not exist; --port takes 1 to 65535\n"
     assert main(["demo", "--checkpoint", "nowhere.pth", "--checkpoint", path, "--no-open-browser"]) == 2
     assert "nowhere.pth" in capsys.readouterr().err
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def _upload(address: str, **headers: str) -> int:
+    """Send a file as a browser does; gives the answer's status."""
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    sent = Request(f"{address}gradio_api/upload", head + b"hello\r\n--x--\r\n", {**kind, **headers})
+    try:
+        return build_opener(ProxyHandler({})).open(sent).status
+    except HTTPError as refusal:
+        return refusal.code
+
+
+def test_files_of_other_sites_are_refused_and_uploads_do_not_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("san.demo.page._UPLOADS", (0.1, 0.1))
+    networks = load_networks([_saved(tmp_path / "network.safetensors")])
+    with served(networks) as (_, address):
+        for site in ("cross-site", "same-site"):
+            assert _upload(address, **{"Sec-Fetch-Site": site}) == 403
+        assert _files(tmp_path) == ["network.safetensors"]
+        assert _upload(address, **{"Sec-Fetch-Site": "same-origin"}) == 200
+        patience = time.monotonic() + 10
+        while "a.png" in _files(tmp_path):
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+
+
+def test_sigterm_ends_the_page_and_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    networks = load_networks([_saved(tmp_path / "network.safetensors")])
+
+    def unheard(*_: object) -> None:
+        raise AssertionError("nobody listened to SIGTERM")
+
+    def kill() -> None:
+        while HOST not in capsys.readouterr().out:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, unheard)
+    try:
+        Thread(target=kill, daemon=True).start()
+        with pytest.raises(SystemExit) as ended:
+            serve(networks, open_browser=False)
+        assert signal.getsignal(signal.SIGTERM) is unheard
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["network.safetensors"]

@@ -200,6 +200,13 @@ def test_what_differs_from_pytorch_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_class_has_no_margin_and_its_report_is_json(tmp_path):
+    model: Any = san.create_model("san4_pairwise", 1, **SMALL)
+    model.pretrained_cfg.update(input_size=(3, SIDE, SIDE), label_names=["ant"])
+    told = export_model(model, tmp_path / "model.safetensors", "safetensors").as_dict()
+    assert json.loads(json.dumps(told, allow_nan=False))["check"]["smallest_margin"] is None
+
+
 def test_scores_that_are_no_numbers_are_not_written(run, tmp_path):
     model: Any = _model()
     nn.init.constant_(model.fc.bias, float("nan"))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from san.attention_maps.observation import evaluating
 from san.errors import UserError
+from san.evaluation.accuracy import eval_mode
 
 __all__ = ["grad_cam"]
 
@@ -43,7 +43,7 @@ def grad_cam(model: nn.Module, images: Tensor, target: int | None = None) -> Ten
         raise UserError(f"Grad-CAM needs forward_features and forward_head, which {type(model).__name__} lacks")
     if not getattr(network, "num_classes", True):
         raise UserError("Grad-CAM needs a classifier, but the network has none")
-    with evaluating(model):
+    with eval_mode(model):
         with torch.no_grad():
             last = network.forward_features(images)
             if last.dim() != 4:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from san.attention_maps.evidence import grad_cam
 from san.attention_maps.extent import EffectiveFootprint, effective_footprint
-from san.attention_maps.observation import ObservedLayer, check_pixel, evaluating, find_layers, observe
+from san.attention_maps.observation import ObservedLayer, check_pixel, find_layers, observe
 from san.attention_maps.propagation import rollout
 from san.attention_maps.weights import PixelAttention, attention_weights, pixel_attention
 from san.data import BrokenImage, ImageFiles, transform
 from san.data.images import to_rgb
 from san.errors import UserError
+from san.evaluation.accuracy import eval_mode
 from san.evaluation.classes import class_words
 
 __all__ = ["Explanation", "explain", "prepare_image", "shown_image"]
@@ -170,7 +171,7 @@ def _class(model: nn.Module, prepared: Tensor, target: int | None) -> tuple[int,
     words = class_words(model)
     if not words:
         raise UserError("the network has no classifier, so there is no class to explain")
-    with evaluating(model):
+    with eval_mode(model):
         probabilities = model(prepared)[0].float().softmax(0)
     if target is not None and not 0 <= target < len(words):
         raise UserError(f"there is no class {target}; the network has classes 0 to {len(words) - 1}")

@@ -341,20 +341,10 @@ def _decorate(axes: Any, attention: PixelAttention, pixel: tuple[int, int]) -> N
     _zoom(axes, attention)
 
 
-def _box(attention: PixelAttention) -> tuple[float, float, float, float]:
-    """Left, top, width and height in the image of what a footprint reads."""
-    down, across = attention.observed.stride
-    inside = attention.rows >= 0
-    rows, columns = (each[inside].cpu().numpy() for each in (attention.rows, attention.columns))
-    top, left = rows.min(), columns.min()
-    height, width = rows.max() + 1 - top, columns.max() + 1 - left
-    return left * across - 0.5, top * down - 0.5, width * across, height * down
-
-
 def _outline(axes: Any, attention: PixelAttention) -> None:
     """Frames around what a footprint reads and around its centre."""
-    left, top, width, height = _box(attention)
-    axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=_MARK, linewidth=1.2))
+    left, top, width, height = attention.box()
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=_MARK, linewidth=1.2))
     down, across = attention.observed.stride
     step = attention.observed.layer.footprint.stride
     centre = attention.column * step * across - 0.5, attention.row * step * down - 0.5
@@ -371,10 +361,10 @@ def _dot(axes: Any, attention: PixelAttention) -> None:
 
 def _zoom(axes: Any, attention: PixelAttention) -> None:
     """Show what a footprint reads and a place more on each side, as far as the image goes."""
-    left, top, width, height = _box(attention)
+    left, top, width, height = attention.box()
     side = max(width, height) + 2 * max(attention.observed.stride)
     rows, columns = attention.observed.image_size
-    x, y = _within(left + width / 2, side, columns), _within(top + height / 2, side, rows)
+    x, y = _within(left + width / 2 - 0.5, side, columns), _within(top + height / 2 - 0.5, side, rows)
     axes.set(xlim=(x, x + min(side, columns)), ylim=(y + min(side, rows), y))
 
 

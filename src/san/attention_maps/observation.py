@@ -6,8 +6,7 @@ thread's run of the same network is left out. Legend: B batch, R relation width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from san.errors import UserError
+from san.evaluation.accuracy import eval_mode
 from san.layers import ATTENTIONS, PairwiseAttention, PatchwiseAttention, ScalarAttention
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "ObservedLayer",
     "attention_layers",
     "check_pixel",
-    "evaluating",
     "find_layers",
     "observe",
     "pixels_per_place",
@@ -134,18 +133,6 @@ def _is_within(layer: str, name: str) -> bool:
     return layer == name or layer.startswith(f"{name}.")
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Inside, a network is in eval mode; afterwards each part has its own mode again, frozen ones too."""
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
 def observe(model: nn.Module, images: Tensor, names: Iterable[str] | None = None) -> dict[str, ObservedLayer]:
     """Run a network once on `images` [B, channels, H, W] and keep what its attention layers were given.
 
@@ -158,7 +145,7 @@ def observe(model: nn.Module, images: Tensor, names: Iterable[str] | None = None
     size = (images.shape[-2], images.shape[-1])
     hooks = [part.register_forward_pre_hook(_keeper(name, size, found)) for name, part in layers.items()]
     try:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(images)
     finally:
         for hook in hooks:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from san.attention_maps.observation import ObservedLayer, evaluating
+from san.attention_maps.observation import ObservedLayer
 from san.errors import UserError
+from san.evaluation.accuracy import eval_mode
 from san.layers import PatchwiseAttention, ScalarAttention
 from san.ops import Position, make_call
 from san.ops.footprint import Window
@@ -61,6 +62,13 @@ class PixelAttention:
         share = self.shares()
         rows, columns = self.rows.to(share) - self.row * step, self.columns.to(share) - self.column * step
         return share @ torch.hypot(rows * down, columns * across)
+
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height of what the footprint reads, in pixels of the image from its corner."""
+        down, across = self.observed.stride
+        inside = self.rows >= 0
+        (top, bottom), (left, right) = (map(int, each[inside].aminmax()) for each in (self.rows, self.columns))
+        return left * across, top * down, (right + 1 - left) * across, (bottom + 1 - top) * down
 
     def on_map(self, quantity: Tensor) -> Tensor:
         """Lay a quantity of every place [..., K] onto the map [..., H, W] that is read.
@@ -124,7 +132,7 @@ def bands(observed: ObservedLayer, row: int = 0, row_stop: int | None = None) ->
 
 @torch.no_grad()
 def _weights(layer: Any, call: Any, maps: tuple[Tensor, ...], window: Window) -> Tensor:
-    with evaluating(layer), without_autocast(call.value):
+    with eval_mode(layer), without_autocast(call.value):
         relations = call.relate(tuple(x[:, :, window.first : window.stop] for x in maps), window)
         scores = relations if call.mapping is None else widened(call.mapping(relations))
     if isinstance(layer, PatchwiseAttention):
@@ -173,7 +181,10 @@ def reading(window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
 def shares(weights: Tensor, rows: Tensor) -> Tensor:
     """|α| of places that read the map, divided by its sum over the footprint: [B, G, K, P] → the same.
 
-    `rows` [K, P] as `reading` gives them; what lies on a border of zeros has no share.
+    `rows` [K, P] as `reading` gives them; what lies on a border of zeros has no share. Where all weights of a
+    footprint are 0, which only patchwise attention can have, shares are equal.
     """
-    size = weights.abs() * (rows >= 0)
-    return size / size.sum(2, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+    inside = (rows >= 0).to(weights.dtype)
+    size = weights.abs() * inside
+    size = torch.where(size.sum(2, keepdim=True) > 0, size, inside)
+    return size / size.sum(2, keepdim=True)

@@ -63,7 +63,7 @@ def load_networks(checkpoints: Sequence[str | Path] = (), device: Any = "cpu") -
 
 def _names(paths: list[str]) -> list[str]:
     """The last part of each path, or the whole where others end alike; the package's own by its architecture."""
-    short = ["SAN4 pairwise" if path == str(PACKAGED) else Path(path).name for path in paths]
+    short = ["SAN4 pairwise" if path == str(PACKAGED) else Path(path).resolve().name for path in paths]
     return [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -23,6 +23,8 @@ STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 """The page's own style sheet, for `launch`."""
 _CLICKS = (Path(__file__).parent / "clicks.js").read_text(encoding="utf-8")
 _NOTHING = "nothing"
+_UPLOADS = 600, 3600
+"""So many seconds apart, uploaded files older than so many are removed; they are read at once."""
 # One event at a time: gradio's queue is the place to wait in, first come, first served. What is asked while an answer
 # is on its way is not lost, and of a slider that is dragged only the place where it stops counts.
 _QUEUED: dict[str, Any] = {
@@ -69,7 +71,7 @@ def build_page(networks: Sequence[Network]) -> gr.Blocks:
     showing = Showing(networks)
     first = showing.sample(0)
     beside = networks[1].name if len(networks) > 1 else _NOTHING
-    with gr.Blocks(title="SAN: what self-attention sees", analytics_enabled=False) as page:
+    with gr.Blocks(title="SAN: what self-attention sees", analytics_enabled=False, delete_cache=_UPLOADS) as page:
         gr.HTML(_HEADER, elem_classes="san-header", apply_default_css=False, js_on_load=None)
         with gr.Row(elem_classes="san-page"):
             with gr.Column(scale=0, min_width=290, elem_classes="san-side"):
@@ -103,10 +105,10 @@ def _shared(first: Picture) -> _Shared:
 def _panel(showing: Showing, first: Picture, name: str, place: str, chooser: gr.Dropdown) -> _Panel:
     """A network's column, which `chooser` fills; it stands elsewhere, because the column may be hidden."""
     is_shown = name != _NOTHING
-    start = name if is_shown else next(iter(showing.networks))
-    controls = _start(showing, start)
+    network = showing.networks[name] if is_shown else next(iter(showing.networks.values()))
+    controls = Controls(network.name, layer=network.first_layer)
     look = showing.take(first, controls)
-    layers, groups = showing.layers(start), showing.groups(start, controls.layer)
+    layers, groups = showing.layers(network.name), showing.groups(network.name, controls.layer)
     with gr.Column(visible=is_shown, min_width=420, elem_classes="san-panel", elem_id=f"san-{place}") as column:
         with gr.Row(elem_classes="san-choices"):
             layer = gr.Dropdown(layers, value=controls.layer, label="Attention layer", min_width=120)
@@ -117,22 +119,18 @@ def _panel(showing: Showing, first: Picture, name: str, place: str, chooser: gr.
     return _Panel(column, chooser, layer, group, gr.State(look), view)
 
 
-def _start(showing: Showing, name: str) -> Controls:
-    return Controls(name, layer=showing.networks[name].first_layer)
-
-
 def _connect_pictures(
     showing: Showing, shared: _Shared, panels: Sequence[_Panel], upload: gr.File, samples: gr.HTML, said: gr.HTML
 ) -> None:
     """Another picture, from a file or the samples, and then both networks' looks at it."""
 
-    def take_upload(path: str | None, before: Picture) -> tuple[Any, ...]:
+    def take_upload(path: str | None) -> tuple[Any, ...]:
         if path is None:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         try:
             picture = showing.upload(path)
         except UserError as problem:
-            return None, before, _said(f"{problem}.", is_problem=True), gr.skip()
+            return None, gr.skip(), _said(f"{problem}.", is_problem=True), gr.skip()
         return None, picture, _said(picture.name), _strip(showing, None)
 
     def take_sample(event: gr.EventData) -> tuple[Any, ...]:
@@ -142,19 +140,20 @@ def _connect_pictures(
 
     outputs = [shared.picture, said, samples]
     changes = [
-        upload.upload(take_upload, [upload, shared.picture], [upload, *outputs], **_QUEUED),
+        upload.upload(take_upload, upload, [upload, *outputs], **_QUEUED),
         samples.click(take_sample, None, outputs, **_QUIET),
     ]
     for changed in changes:
         for panel in panels:
             inputs = [shared.picture, *panel.controls(shared)]
-            changed.then(partial(_retake, showing), inputs, [panel.look, panel.view], **_QUIET)
+            changed.then(partial(_relook, showing, showing.take), inputs, [panel.look, panel.view], **_QUIET)
 
 
 def _connect_panel(showing: Showing, shared: _Shared, panel: _Panel, panels: Sequence[_Panel]) -> None:
     controls = panel.controls(shared)
+    rechange = partial(_relook, showing, showing.change)
     for slider in (shared.degrees, shared.strength):
-        slider.change(partial(_rechange, showing), [panel.look, *controls], [panel.look, panel.view], **_QUIET)
+        slider.change(rechange, [panel.look, *controls], [panel.look, panel.view], **_QUIET)
     everything = [panel.column, panel.layer, panel.group, panel.look, panel.view]
     panel.network.input(partial(_switch, showing), [shared.picture, *controls], everything, **_QUEUED)
     redraw = partial(_redraw, showing)
@@ -168,21 +167,12 @@ def _connect_panel(showing: Showing, shared: _Shared, panel: _Panel, panels: Seq
         pointed.then(redraw, [each.look, *each.controls(shared)], each.view, **_QUIET)
 
 
-def _retake(showing: Showing, picture: Picture, *values: Any) -> Any:
-    """Another picture."""
+def _relook(showing: Showing, step: Callable[..., Look], known: Picture | Look, *values: Any) -> Any:
+    """What `step`, a method of `showing`, makes of another picture, or of the same under another angle or attack."""
     controls = Controls(*values)
     if controls.network == _NOTHING:
         return gr.skip(), gr.skip()
-    look = showing.take(picture, controls)
-    return look, showing.draw(look, controls)
-
-
-def _rechange(showing: Showing, look: Look, *values: Any) -> Any:
-    """Another angle or attack."""
-    controls = Controls(*values)
-    if controls.network == _NOTHING:
-        return gr.skip(), gr.skip()
-    look = showing.change(look, controls)
+    look = step(known, controls)
     return look, showing.draw(look, controls)
 
 

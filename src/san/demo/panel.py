@@ -12,9 +12,9 @@ from san.demo.charts import draw_bars, draw_turning, is_changed, verdict
 from san.demo.networks import Network
 from san.demo.pictures import Weighing, draw_attention, draw_group, draw_pixels, gradient, pixels_of
 
-__all__ = ["MOST_GROUPS", "draw_panel"]
+__all__ = ["draw_panel"]
 
-MOST_GROUPS = 16
+_MOST_GROUPS = 16
 """As many weight groups are drawn side by side; any can be chosen."""
 
 
@@ -105,7 +105,7 @@ def _change(changed: Changed) -> str:
 def _groups(attention: PixelAttention | None, group: int | None) -> str:
     if attention is None:
         return ""
-    shown = min(attention.observed.groups, MOST_GROUPS)
+    shown = min(attention.observed.groups, _MOST_GROUPS)
     laid = attention.on_map(attention.weights[0, :shown]).cpu().numpy()
     most, signed = _most(laid), attention.observed.form == "patchwise"
     mean = _weighing(attention, None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from san.attention_maps import PixelAttention
 
-__all__ = ["Weighing", "data_uri", "draw_attention", "draw_group", "draw_pixels", "gradient", "pixels_of", "thumbnail"]
+__all__ = ["Weighing", "draw_attention", "draw_group", "draw_pixels", "gradient", "pixels_of", "thumbnail"]
 
 # As in the figures of san.attention_maps: shares are 0 or more; weights have a sign in patchwise attention.
 _SEQUENTIAL, _DIVERGING = "viridis", "RdBu_r"
@@ -65,7 +65,7 @@ def pixels_of(image: Tensor) -> np.ndarray:
     return np.round(colours * 255).astype(np.uint8)
 
 
-def data_uri(pixels: np.ndarray) -> str:
+def _data_uri(pixels: np.ndarray) -> str:
     """Pixels uint8 [H, W, 3] or [H, W, 4] as a PNG inside a page."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -77,38 +77,38 @@ def draw_pixels(
 ) -> str:
     """An image [H, W, 3]; with a `pixel` it may be clicked and has a cross there, with `attention` its footprint."""
     height, width = pixels.shape[:2]
-    marks = "" if attention is None else _frame(_box(attention))
+    marks = "" if attention is None else _frame(attention.box())
     if pixel is not None:
         marks += _cross(pixel, max(width, height) / 64)
-    return _svg(_image(pixels, width, height) + marks, (0, 0, width, height), (width, height), words, pixel is not None)
+    size = None if pixel is None else (width, height)
+    return _svg(_image(pixels, width, height) + marks, (0, 0, width, height), words, size)
 
 
 def draw_attention(pixels: np.ndarray, attention: PixelAttention, weighing: Weighing, pixel: tuple[int, int]) -> str:
     """What a pixel attends to, over the pale grey image, enlarged where the footprint is small."""
     height, width = pixels.shape[:2]
-    view = _view(_box(attention), width, height)
-    content = _image(_grey(pixels), width, height) + _overlay(attention, weighing, 0.85) + _frame(_box(attention))
-    return _svg(content + _cross(pixel, view[2] / 64), view, (width, height), "what the pixel attends to", True)
+    view = _view(attention.box(), width, height)
+    content = _image(_grey(pixels), width, height) + _overlay(attention, weighing, 0.85) + _frame(attention.box())
+    return _svg(content + _cross(pixel, view[2] / 64), view, "what the pixel attends to", (width, height))
 
 
 def draw_group(attention: PixelAttention, weighing: Weighing) -> str:
     """The weights of one group alone, as large as the footprint."""
-    width, height = attention.observed.image_size[::-1]
-    return _svg(_overlay(attention, weighing, 1.0), _box(attention), (width, height), "", False)
+    return _svg(_overlay(attention, weighing, 1.0), attention.box())
 
 
 def _svg(
-    content: str, view: tuple[float, float, float, float], size: tuple[int, int], words: str, clickable: bool
+    content: str, view: tuple[float, float, float, float], words: str = "", size: tuple[int, int] | None = None
 ) -> str:
-    width, height = size
-    pick = f' data-width="{width}" data-height="{height}"' if clickable else ""
+    """The part `view` of a picture; with the `size` of the whole it may be clicked."""
+    pick = f' data-width="{size[0]}" data-height="{size[1]}"' if size else ""
     box = " ".join(f"{part:g}" for part in view)
     label = f' role="img" aria-label="{escape(words)}"' if words else ' aria-hidden="true"'
     return f'<svg class="san-picture" viewBox="{box}"{pick}{label}>{content}</svg>'
 
 
 def _image(pixels: np.ndarray, width: float, height: float) -> str:
-    return f'<image href="{data_uri(pixels)}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
+    return f'<image href="{_data_uri(pixels)}" width="{width:g}" height="{height:g}" preserveAspectRatio="none"/>'
 
 
 def _overlay(attention: PixelAttention, weighing: Weighing, alpha: float) -> str:
@@ -120,16 +120,6 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
     """The image without colours, which belong to what lies over it, and pale."""
     grey = 127.5 + 0.5 * pixels @ np.array([0.299, 0.587, 0.114])
     return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _box(attention: PixelAttention) -> tuple[float, float, float, float]:
-    """Left, top, width and height in the image of what a footprint reads."""
-    down, across = attention.observed.stride
-    inside = attention.rows >= 0
-    rows, columns = (each[inside].cpu().numpy() for each in (attention.rows, attention.columns))
-    top, left = rows.min(), columns.min()
-    height, width = rows.max() + 1 - top, columns.max() + 1 - left
-    return left * across, top * down, width * across, height * down
 
 
 def _view(box: tuple[float, float, float, float], width: int, height: int) -> tuple[float, float, float, float]:
@@ -155,4 +145,4 @@ def _cross(pixel: tuple[int, int], scale: float) -> str:
 
 def thumbnail(image: Image.Image, side: int = 96) -> str:
     """The middle of an image, small, as a PNG inside a page."""
-    return data_uri(np.asarray(ImageOps.fit(image, (side, side))))
+    return _data_uri(np.asarray(ImageOps.fit(image, (side, side))))

@@ -1,8 +1,10 @@
-"""Serving the page to this machine alone: on the loopback address, and with no way to ask another host for anything."""
+"""Serving the page to this machine alone: on the loopback address, and without asking another host for anything."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -13,8 +15,10 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
 
 from san.demo.networks import Network
 from san.demo.page import STYLE, build_page
@@ -35,6 +39,23 @@ _POLICY = (
 )
 
 
+class _OwnPageOnly:
+    """Refuses what other sites' pages send, files above all, which a browser carries here for them.
+
+    Browsers say where a request comes from; what says nothing is no browser, and nobody's page.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_sent = scope["type"] == "http" and scope["method"] == "POST"
+        if is_sent and Headers(scope=scope).get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            await PlainTextResponse("only the page itself may send anything here", 403)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 class _ContentPolicy:
     """Adds the policy to every answer."""
 
@@ -51,8 +72,15 @@ class _ContentPolicy:
         await self._app(scope, receive, send_with_policy)
 
 
+_GUARDS = [
+    Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
+    Middleware(_ContentPolicy),
+    Middleware(_OwnPageOnly),
+]
+
+
 def serve(networks: Sequence[Network], *, port: int | None = None, open_browser: bool = True) -> None:
-    """Serve the page until Ctrl-C, and print its address.
+    """Serve the page until Ctrl-C or SIGTERM, and print its address; in the main thread, which alone hears them.
 
     Args:
         networks: As `load_networks` gives them; the first two stand side by side.
@@ -61,10 +89,21 @@ def serve(networks: Sequence[Network], *, port: int | None = None, open_browser:
 
     Raises:
         UserError: The port is taken or does not exist.
+        SystemExit: SIGTERM came; its code is 143.
     """
-    with served(networks, port=port, open_browser=open_browser) as (_, address):
+    with _ended_by_sigterm(), served(networks, port=port, open_browser=open_browser) as (_, address):
         print(f"{address} (this machine only; Ctrl-C ends it)", flush=True)
         Event().wait()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """SIGTERM, which would end the process at once, raises `SystemExit` inside, so that no file remains."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -109,7 +148,6 @@ def _environment(**values: str) -> Generator[None]:
 def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
     if port is not None and not 0 < port < 1 << 16:
         raise UserError(f"port {port} does not exist; --port takes 1 to 65535")
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]), Middleware(_ContentPolicy)]
     page.queue(max_size=64, api_open=False)
     try:
         _, address, _ = page.launch(
@@ -129,7 +167,7 @@ def _launch(page: gr.Blocks, port: int | None, open_browser: bool) -> str:
             theme=gr.themes.Default(font=_FONTS, font_mono=_MONO),
             # Not as `css`, whose rules gradio takes apart and leaves some out.
             head=f"<style>{STYLE}</style>",
-            app_kwargs={"middleware": guards},
+            app_kwargs={"middleware": _GUARDS},
         )
     except OSError as problem:
         where = f"port {port} is" if port else "the ports from 7860 on are"

@@ -38,7 +38,7 @@ class Controls:
         degrees: Turn the picture clockwise by so much.
         strength: Of the attack, for pixels from 0 to 255.
         point: Of the pixel to look at, from the left and the top, as parts of the picture.
-        layer: In which attention layer; None for networks without.
+        layer: In which attention layer; of one that the network lacks, its `first_layer` instead.
         group: `MEAN`, or what `group_name` gives.
     """
 
@@ -52,8 +52,9 @@ class Controls:
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a picture for one network, kept so that a click computes only what it changes."""
+    """What is known of a picture for one network, by its name, kept so that a click computes only what it changes."""
 
+    network: str
     taken: Taken
     changed: Changed
 
@@ -79,22 +80,26 @@ class Showing:
 
     def take(self, picture: Picture, controls: Controls) -> Look:
         """Look at another picture, or with another network."""
-        network = self.networks[controls.network]
-        taken = in_turn(take, network, picture.prepared[controls.network])
-        return Look(taken, in_turn(change, network, taken, controls.degrees, controls.strength))
+        taken = in_turn(take, self.networks[controls.network], picture.prepared[controls.network])
+        return self._look(controls.network, taken, controls)
 
     def change(self, look: Look, controls: Controls) -> Look:
         """Turn and attack the same picture otherwise."""
-        network = self.networks[controls.network]
-        return Look(look.taken, in_turn(change, network, look.taken, controls.degrees, controls.strength))
+        return self._look(look.network, look.taken, controls)
+
+    def _look(self, name: str, taken: Taken, controls: Controls) -> Look:
+        changed = in_turn(change, self.networks[name], taken, controls.degrees, controls.strength)
+        return Look(name, taken, changed)
 
     def draw(self, look: Look, controls: Controls) -> str:
-        """All that is shown of it, as HTML."""
-        network, layer = self.networks[controls.network], controls.layer
-        attention = None
-        if layer in network.groups:
-            attention = in_turn(attend, network, look.changed, controls.point, layer)
-        # A group that was chosen for another layer may be none of this one's.
+        """All that is shown of it, as HTML.
+
+        The look says by which network: the one in `controls` may be chosen already and still wait for its turn. Layer
+        and group may be another network's then.
+        """
+        network = self.networks[look.network]
+        layer = controls.layer if controls.layer in network.groups else network.first_layer
+        attention = None if layer is None else in_turn(attend, network, look.changed, controls.point, layer)
         numbers = {group_name(number): number for number in range(network.groups.get(layer or "", 0))}
         return draw_panel(network, look.taken, look.changed, controls.point, attention, numbers.get(controls.group))
 

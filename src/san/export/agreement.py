@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,14 +35,14 @@ class Agreement:
     max_error: Largest difference of a score.
     largest_score: Of PyTorch, by its size.
     same_top1: Images with the same likeliest class.
-    smallest_margin: Between an image's likeliest class and the next, as scores of PyTorch; infinite with one class.
+    smallest_margin: Between an image's likeliest class and the next, as scores of PyTorch; None with one class.
     """
 
     images: int
     max_error: float
     largest_score: float
     same_top1: int
-    smallest_margin: float
+    smallest_margin: float | None
 
     @property
     def allowed(self) -> float:
@@ -106,5 +105,5 @@ def _agreement(scores: np.ndarray, others: np.ndarray) -> Agreement:
         max_error=float(np.abs(scores - others).max()),
         largest_score=float(np.abs(scores).max()),
         same_top1=int((scores.argmax(1) == others.argmax(1)).sum()),
-        smallest_margin=float((ranked[:, -1] - ranked[:, -2]).min()) if scores.shape[1] > 1 else math.inf,
+        smallest_margin=float((ranked[:, -1] - ranked[:, -2]).min()) if scores.shape[1] > 1 else None,
     )
