@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from san.cli import main
-from san.data import load_dataset, make_loader
+from san.data import Batch, load_dataset, make_loader
 from san.errors import UserError
 from san.experiments import SCALES, TABLES, columns, reproduce
 from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
 from san.experiments.results import agreement, order
 from san.models import build_model
+from san.training.interruption import StopRequest
 from tiny_run import make_images
 
 TINY = {"epochs": 1, "batch_size": 12, "validation_share": 0.2, "accelerator": "cpu"}
@@ -148,6 +150,16 @@ def test_shards_together_give_the_table_of_one_process(
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def test_a_stopped_campaign_says_how_all_of_it_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(StopRequest, "listen", lambda self: setattr(self, "made", True))
+    with pytest.raises(SystemExit) as stopped:
+        _position(images, tmp_path)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "san: the same command again goes on with all of it"
+
+
 def test_a_run_that_another_process_has_is_left_to_it(images: Path, tmp_path: Path) -> None:
     holder = (
         "import sys, time; from pathlib import Path; from san.experiments.campaign import Campaign;"
@@ -183,7 +195,14 @@ def test_every_row_sees_the_same_images_in_the_same_order(images: Path) -> None:
 
 def test_rotation_and_attack_are_measured_on_the_trained_networks(images: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"data": str(images), "out": tmp_path, "only": ["ResNet26"], "settings": TINY}
-    rotation, attack = reproduce("rotation", **options), reproduce("pgd", **options)
+    shown = []
+
+    def progress(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
+        shown.append(what)
+        return batches
+
+    rotation, attack = (reproduce(table, **options, progress=progress) for table in ("rotation", "pgd"))
+    assert shown[0] == "ResNet26, seed 0: rotation"
     assert rotation["rows"][0]["runs"] == attack["rows"][0]["runs"]
     assert rotation["rows"][0]["means"]["0°"] == pytest.approx(attack["rows"][0]["means"]["top1"])
     assert attack["rows"][0]["means"]["untargeted top1 4"] <= attack["rows"][0]["means"]["untargeted top1 0"]

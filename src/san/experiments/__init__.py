@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from san.errors import UserError
+from san.evaluation.robustness import Progress, silently
 from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
 from san.experiments.report import columns, write
 from san.experiments.results import summary
@@ -28,6 +29,7 @@ def reproduce(
     small_images: bool | None = None,
     settings: dict[str, Any] | None = None,
     command: str = "",
+    progress: Progress = silently,
 ) -> dict[str, Any]:
     """Train what a table compares, as far as that is not done yet, and write the table to `out`.
 
@@ -47,6 +49,7 @@ def reproduce(
         small_images: Whether networks of five stages halve maps three times instead of five; default the scale's.
         settings: More arguments of `train`, for every run.
         command: How the user called it, for the page.
+        progress: Wraps the batches of rotation and attack, with a word for what is done, to show how far it is.
 
     Returns:
         The table as `san.experiments.results.summary` describes it, with `files` written and `busy`, the number of
@@ -59,7 +62,7 @@ def reproduce(
         raise UserError(f"the number of seeds is {seeds}, but it must be at least 1")
     variants = chosen(table, only)
     folder = Path(out) if out is not None else Path("runs") / f"reproduce-{scale}"
-    campaign = Campaign(scale_of(scale, base, small_images), folder, data, settings or {})
+    campaign = Campaign(scale_of(scale, base, small_images), folder, data, settings or {}, progress)
     runs = campaign.runs(variants, seeds)
     busy, failed = campaign.train(shard_of(runs, shard))
     result = summary(table, campaign, runs, failed)

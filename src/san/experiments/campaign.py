@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from san.errors import UserError
+from san.evaluation.robustness import Progress, silently
 from san.experiments.tables import SCALES, TABLES, Scale, Variant
 from san.training import train
 from san.training.folder import RunFolder
@@ -40,6 +41,7 @@ class Run:
 class Campaign:
     """Runs of a scale below `folder`; `settings` are added to the scale's own, and `data` replaces the scale's.
 
+    `progress` wraps the batches of what is measured after training, with a word for it, as `LabelledImages` takes it.
     Raises `UserError` where the scale does not know its data.
     """
 
@@ -47,6 +49,7 @@ class Campaign:
     folder: Path
     data: str | None
     settings: dict[str, Any]
+    progress: Progress = silently
 
     def __post_init__(self) -> None:
         if self.data is None and self.scale.data is None:
@@ -93,6 +96,9 @@ class Campaign:
                 except UserError as error:
                     failed[run.folder.path.name] = str(error)
                     print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
+                except SystemExit:
+                    print("san: the same command again goes on with all of it", file=sys.stderr, flush=True)
+                    raise
         return busy, failed
 
     @contextmanager

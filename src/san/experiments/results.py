@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from san.checkpoints import load_model
-from san.data import load_dataset
+from san.data import Batch, load_dataset
 from san.evaluation.cost import complexity
 from san.evaluation.robustness import Attack, LabelledImages, attack_accuracy, rotation_accuracy
 from san.evaluation.speed.machine import describe_machine, describe_versions
@@ -45,7 +45,7 @@ def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float] | 
                 return None
             if not notes.exists():
                 with replacing(notes) as temporary:
-                    temporary.write_text(json.dumps(_robustness(run, measures)))
+                    temporary.write_text(json.dumps(_robustness(run, campaign, measures)))
     return {**found, **json.loads(notes.read_text())}
 
 
@@ -77,12 +77,16 @@ def _cost(run: Run) -> dict[str, float]:
     return {"params": found["params"], "paper_cost": found["paper_cost"]}
 
 
-def _robustness(run: Run, measures: str) -> dict[str, float]:
+def _robustness(run: Run, campaign: Campaign, measures: str) -> dict[str, float]:
     """Rotation: top-1 of every view. Attack: success and top-1 of both aims after every number of iterations."""
     model = load_model(run.folder.path).to("cuda" if torch.cuda.is_available() else "cpu")
     stored = run.folder.settings()
     dataset = load_dataset(stored["data"], validation_share=stored["validation_share"], seed=run.seed)
-    examples = LabelledImages(dataset.split("test"), dataset.class_names)
+
+    def progress(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
+        return campaign.progress(batches, f"{run.variant.label}, seed {run.seed}: {what}")
+
+    examples = LabelledImages(dataset.split("test"), dataset.class_names, progress=progress)
     if measures == "rotation":
         return {row["view"]: row["top1"] for row in rotation_accuracy(model, examples)["views"]}
     found: dict[str, float] = {}

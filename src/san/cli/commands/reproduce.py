@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from san.cli.printing import as_table
+from san.cli.printing import as_table, progress
 from san.errors import UserError
 
 __all__ = ["reproduce"]
@@ -87,6 +87,7 @@ def reproduce(
             small_images=small_images,
             settings=settings,
             command=command,
+            progress=progress,
         )
         _show_table(result, json)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from san.evaluation.invariance.convolution import patchwise_from_convolution
 from san.evaluation.invariance.groups import permute_groups, relabel_groups
-from san.evaluation.invariance.measure import measure
+from san.evaluation.invariance.measuring import measure
 from san.evaluation.invariance.networks import measure_network
 from san.evaluation.invariance.operators import PROPERTIES, Property, measure_operators
 from san.evaluation.invariance.views import VIEWS, View

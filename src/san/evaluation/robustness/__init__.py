@@ -20,8 +20,8 @@ from san.evaluation.robustness.attack import (
     wrong_labels,
 )
 from san.evaluation.robustness.checks import gradient_checks
-from san.evaluation.robustness.inputs import LabelledImages, PixelModel, spread
-from san.evaluation.robustness.measure import Settings, measure
+from san.evaluation.robustness.inputs import LabelledImages, PixelModel, Progress, silently, spread
+from san.evaluation.robustness.measuring import Settings, measure
 from san.evaluation.robustness.rotation import VIEWS, rotate, rotation_accuracy, turn
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Iterate",
     "LabelledImages",
     "PixelModel",
+    "Progress",
     "Settings",
     "attack_accuracy",
     "attack_images",
@@ -41,6 +42,7 @@ __all__ = [
     "random_start",
     "rotate",
     "rotation_accuracy",
+    "silently",
     "spread",
     "turn",
     "wrong_labels",

@@ -7,7 +7,7 @@ differs between networks, is taken out of the images and put into the network. B
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from san.errors import UserError
 from san.evaluation.accuracy import eval_mode
 from san.evaluation.classes import match_classes
 
-__all__ = ["LabelledImages", "PixelModel", "best_classes", "percent", "spread"]
+__all__ = ["LabelledImages", "PixelModel", "Progress", "best_classes", "percent", "silently", "spread"]
+
+Progress: TypeAlias = Callable[[Iterable[Batch], str], Iterable[Batch]]
+"""Wraps batches, with a word for what is done with them, to show how far it is."""
 
 
 class PixelModel(nn.Module):
@@ -58,7 +61,8 @@ class PixelModel(nn.Module):
             return best_classes(self(pixels))[:, 0]
 
 
-def _silently(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
+def silently(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
+    """The batches, without showing how far they are."""
     return batches
 
 
@@ -84,7 +88,7 @@ class LabelledImages:
         batch_size: int = 64,
         workers: int = 0,
         max_broken: float = 0.01,
-        progress: Callable[[Iterable[Batch], str], Iterable[Batch]] = _silently,
+        progress: Progress = silently,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size is {batch_size}, but it must be at least 1")
