@@ -7,6 +7,7 @@ import math
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from san.cli.parsing import call
 from san.data import load_dataset
 from san.errors import UserError
 from san.evaluation.accuracy import evaluate
-from san.training import train
+from san.training import journal, train
 from san.training.module import Classifier, torch_label_smoothing
 from san.training.settings import check, started
 from tiny_run import NETWORK, VARIED, assert_same_result, command, make_images, recipe, rows, settings, start
@@ -274,6 +275,22 @@ def test_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(ima
     last = out / "checkpoints" / "last.ckpt"
     kept = torch.load(last, weights_only=True)["state_dict"] if last.exists() else {}
     assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_a_validation_without_finite_scores_does_not_end_the_run(images, tmp_path, monkeypatch, capsys):
+    """As happens while statistics run after young weights: one image's scores overflow, training is sound."""
+    judge = journal._judge
+
+    def overflow(trainer: Any, module: Any, batch: Any) -> torch.Tensor:
+        sums = judge(trainer, module, batch)
+        return torch.cat([sums[:1] * float("nan") if trainer.current_epoch == 0 else sums[:1], sums[1:]])
+
+    monkeypatch.setattr(journal, "_judge", overflow)
+    train(**settings(images, epochs=2), out=str(tmp_path / "run"))
+    losses = [float(row["validation_loss"]) for row in rows(tmp_path / "run")]
+    assert losses[0] == math.inf
+    assert math.isfinite(losses[1])
+    assert "some validation images get no finite scores" in capsys.readouterr().out
 
 
 def _parameters(run: Path) -> dict[str, torch.Tensor]:

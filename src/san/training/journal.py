@@ -193,7 +193,12 @@ class Journal(Callback):
             self._pause(trainer, module, sums)
         module.train()
         loss, top1, top5, images = total(trainer, sums)
-        self._check_loss(trainer, loss)
+        if not math.isfinite(loss):
+            # Not the end, as in training, where the network is sound: an image's scores may overflow all the same.
+            if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+                self._check_loss(trainer, loss)
+            loss = math.inf
+            self.console.say("san: some validation images get no finite scores, see docs/training.md")
         return dict(zip(names, (loss / images, 100 * top1 / images, 100 * top5 / images), strict=True))
 
     def _validation_loader(self, trainer: Trainer) -> Loader:
