@@ -24,6 +24,7 @@ from san.attention_maps import (
     explain,
     figures,
     grad_cam,
+    middle_rollout,
     observe,
     pixel_attention,
     prepare_image,
@@ -463,6 +464,13 @@ def test_rollout_loses_nothing_where_all_weights_are_zero():
     torch.testing.assert_close(pixel.shares().sum(-1), torch.ones_like(pixel.shares().sum(-1)))
     found = rollout({"layer": observed}, (6, 5), residual=0.0)["image"]
     assert found.sum((1, 2)).tolist() == pytest.approx([1, 1])
+
+
+def test_the_middles_rollout_is_that_of_the_middle_pixel():
+    model, images = _network(), torch.randn(2, 3, 16, 12, dtype=torch.float64)
+    expected = rollout(observe(model, images), (6, 8))["image"]
+    torch.testing.assert_close(middle_rollout(model, images), expected)
+    assert middle_rollout(nn.Conv2d(3, 2, 1), images.float()) is None
 
 
 def test_rollout_through_strides_and_zeros():

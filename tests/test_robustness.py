@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from san.evaluation.robustness import (
     turn,
     wrong_labels,
 )
+from san.evaluation.robustness.figures import draw_attacked
 from san.training import train
 from tiny_run import NETWORK, make_images, settings
 
@@ -610,6 +612,19 @@ def run(capsys):
     return run
 
 
+def test_attacked_images_come_with_what_changed_in_the_attention(examples, runs, tmp_path, monkeypatch):
+    """Half of what a map lost and another gained: here all of it moves, from the left half to the right one."""
+    titles, maps = [], torch.zeros(2, 1, 28, 28)
+    maps[0, :, :, :14], maps[1, :, :, 14:] = 2 / 28**2, 2 / 28**2
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    turns = iter(maps)
+    draw_attacked("it", load_model(runs[0]), examples.some(1), Attack(), tmp_path / "a.png", lambda *_: next(turns))
+    assert titles[3] == "attention: 100 % moved"
+    draw_attacked("it", load_model(runs[0]), examples.some(1), Attack(), tmp_path / "b.png", lambda *_: None)
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in "ab"]
+    assert widths[0] / widths[1] == pytest.approx(4 / 3, rel=0.01)
+
+
 def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     code, out, err = run(*runs, "--angles", "0,45", "--epsilon", "48/255", "--step", 0.05, "--out", tmp_path / "r")
     assert (code, err) == (0, "")
@@ -630,6 +645,8 @@ def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     assert len(attacked) == 2
     page = (tmp_path / "r" / "robustness.md").read_text()
     assert all(f"]({name})" in page for name in ["angles.png", "iterations.png", *attacked])
+    with Image.open(tmp_path / "r" / attacked[0]) as picture:
+        assert picture.width == 4 * 3 * 120, "a picture of the attention in each row"
     for name in ["angles.png", "iterations.png", *attacked]:
         with Image.open(tmp_path / "r" / name) as picture:
             assert len(np.unique(np.asarray(picture))) > 50

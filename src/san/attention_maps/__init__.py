@@ -12,7 +12,7 @@ from san.attention_maps.evidence import grad_cam
 from san.attention_maps.explanation import Explanation, explain, prepare_image, shown_image
 from san.attention_maps.extent import EffectiveFootprint, effective_footprint
 from san.attention_maps.observation import ObservedLayer, attention_layers, observe
-from san.attention_maps.propagation import rollout
+from san.attention_maps.propagation import middle_rollout, rollout
 from san.attention_maps.weights import PixelAttention, attention_weights, pixel_attention
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "effective_footprint",
     "explain",
     "grad_cam",
+    "middle_rollout",
     "observe",
     "pixel_attention",
     "prepare_image",

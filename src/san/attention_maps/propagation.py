@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from san.attention_maps.observation import ObservedLayer, pixels_per_place
+from san.attention_maps.observation import ObservedLayer, observe, pixels_per_place
 from san.attention_maps.weights import bands, reading, shares
 from san.errors import UserError
 from san.ops.normalization import widened
 
-__all__ = ["rollout"]
+__all__ = ["middle_rollout", "rollout"]
 
 
 @torch.no_grad()
@@ -51,6 +51,16 @@ def rollout(
         arriving = _through(layer, _resized(arriving, layer.output_size), residual)
         found[layer.name] = arriving
     return {**found, "image": _resized(arriving, layers[-1].image_size)}
+
+
+def middle_rollout(model: nn.Module, images: Tensor) -> Tensor | None:
+    """What the middle pixel of normalised images [B, 3, H, W] draws on: [B, H, W], its sum 1; see `rollout`.
+
+    None for a network without attention layers.
+    """
+    observed = observe(model, images)
+    height, width = images.shape[2:]
+    return rollout(observed, (width // 2, height // 2))["image"] if observed else None
 
 
 def _through(observed: ObservedLayer, arriving: Tensor, residual: float) -> Tensor:

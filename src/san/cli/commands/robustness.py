@@ -143,6 +143,7 @@ def _all_trained_on(checkpoints: Sequence[str], data: str | None, split: str) ->
 def _robustness_writer(
     folder: str, models: dict[str, Any], examples: Any, settings: Any, figures: int
 ) -> Callable[[dict[str, Any]], list[Path]]:
+    from san.attention_maps import middle_rollout
     from san.evaluation.robustness.figures import write_images, write_results
     from san.evaluation.speed.chart import make_folder
 
@@ -151,7 +152,7 @@ def _robustness_writer(
     def write(result: dict[str, Any]) -> list[Path]:
         images = []
         if settings.aims and figures:
-            images = write_images(models, examples, settings.attack(settings.aims[0]), path, figures)
+            images = write_images(models, examples, settings.attack(settings.aims[0]), path, figures, middle_rollout)
         return write_results(result, path, images)
 
     return write

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 
@@ -20,7 +20,10 @@ from san.evaluation.robustness.attack import Attack, attack_images
 from san.evaluation.robustness.inputs import LabelledImages, PixelModel
 from san.evaluation.robustness.tables import as_markdown
 
-__all__ = ["draw_angles", "draw_attacked", "draw_iterations", "write_images", "write_results"]
+__all__ = ["Attending", "draw_angles", "draw_attacked", "draw_iterations", "write_images", "write_results"]
+
+Attending: TypeAlias = Callable[[nn.Module, Tensor], Tensor | None]
+"""From a network and normalised images [B, 3, H, W] to what it attends to, [B, H, W] with sum 1; None if nothing."""
 
 
 def write_results(result: dict[str, Any], folder: Path, images: list[Path]) -> list[Path]:
@@ -41,13 +44,21 @@ def write_results(result: dict[str, Any], folder: Path, images: list[Path]) -> l
 
 
 def write_images(
-    models: Mapping[str, nn.Module], examples: LabelledImages, attack: Attack, folder: Path, count: int
+    models: Mapping[str, nn.Module],
+    examples: LabelledImages,
+    attack: Attack,
+    folder: Path,
+    count: int,
+    attending: Attending | None = None,
 ) -> list[Path]:
-    """Draw `count` images, evenly spread over the set, as each model's attack changes them; gives the PNGs' paths."""
+    """Draw `count` images, evenly spread over the set, as each model's attack changes them; gives the PNGs' paths.
+
+    `attending` is as in `draw_attacked`.
+    """
     written = []
     for number, (name, model) in enumerate(models.items(), 1):
         path = folder / f"attacked-{number}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')}.png"
-        draw_attacked(name, model, examples.some(count), attack, path)
+        draw_attacked(name, model, examples.some(count), attack, path, attending)
         written.append(path)
     return written
 
@@ -79,28 +90,66 @@ def draw_iterations(result: dict[str, Any], target: Path) -> list[Path]:
     return _saved(figure, list(panels.flat), target)
 
 
-def draw_attacked(name: str, model: nn.Module, examples: LabelledImages, attack: Attack, target: Path) -> None:
+def draw_attacked(
+    name: str,
+    model: nn.Module,
+    examples: LabelledImages,
+    attack: Attack,
+    target: Path,
+    attending: Attending | None = None,
+) -> None:
     """Each image, what the attack adds to it (grey: nothing, black and white: ∓ε), and both together, as a PNG.
 
-    Above them stand the true class and those that the model takes them for.
+    Above them stand the true class and those that the model takes them for. Where `attending` tells what the model
+    attends to, a last picture shows what the attack took from it (blue) and gave to it (red), and how much moved.
     """
-    network, words, rows = PixelModel(model), class_words(model), []
-    for batch in examples.batches(network, "figures"):
-        found = attack_images(network, batch.images, batch.labels, attack, batch.indices.tolist())
-        before, after = network.classes(batch.images), found.predicted[-1]
-        rows += list(zip(batch.images.cpu(), found.images.cpu(), batch.labels, before, after, strict=True))
-    figure, panels = pyplot.subplots(len(rows), 3, figsize=(9, 3.2 * len(rows)), layout="constrained", squeeze=False)
+    words, rows = class_words(model, short=True), _attacked(PixelModel(model), examples, attack, attending)
+    columns = 3 if rows[0][-1] is None else 4
+    size = 3 * columns, 3.2 * len(rows)
+    figure, panels = pyplot.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     kind = "targeted" if attack.targeted else "untargeted"
     figure.suptitle(f"{name}, {kind} attack, {attack.iterations} iterations")
-    for line, (image, attacked, label, before, after) in zip(panels, rows, strict=True):
+    for line, (image, attacked, label, before, after, moved) in zip(panels, rows, strict=True):
         added = (attacked - image) / (2 * attack.epsilon or 1) + 0.5
         titles = (f"{words[label]}, taken for {words[before]}", "what is added", f"taken for {words[after]}")
-        for axes, picture, title in zip(line, (image, added, attacked), titles, strict=True):
+        for axes, picture, title in zip(line, (image, added, attacked), titles, strict=False):
             axes.imshow(_shown(picture))
             axes.set_title(title, fontsize="small")
+        if moved is not None:
+            _draw_moved(line[-1], moved)
+        for axes in line:
             axes.set_axis_off()
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
+
+
+def _attacked(
+    network: PixelModel, examples: LabelledImages, attack: Attack, attending: Attending | None
+) -> list[tuple[Any, ...]]:
+    """Image, attacked image, their class and what they are taken for, and `_moved`, of every image."""
+    rows: list[tuple[Any, ...]] = []
+    for batch in examples.batches(network, "figures"):
+        found = attack_images(network, batch.images, batch.labels, attack, batch.indices.tolist())
+        classes = batch.labels, network.classes(batch.images), found.predicted[-1]
+        moved = _moved(network, batch.images, found.images, attending)
+        rows += zip(batch.images.cpu(), found.images.cpu(), *classes, moved, strict=True)
+    return rows
+
+
+def _moved(network: PixelModel, before: Tensor, after: Tensor, attending: Attending | None) -> Sequence[Tensor | None]:
+    """What an attack changed in what is attended to, [H, W] for each image."""
+    if attending is not None:
+        first, second = (attending(network.network, network.normalise(pixels)) for pixels in (before, after))
+        if first is not None and second is not None:
+            return list((second - first).float().cpu())
+    return [None] * len(before)
+
+
+def _draw_moved(axes: Any, moved: Tensor) -> None:
+    most = float(moved.abs().max()) or 1.0
+    axes.imshow(moved.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+    # What one place lost, another gained.
+    axes.set_title(f"attention: {50 * float(moved.abs().sum()):.0f} % moved", fontsize="small")
 
 
 def _shown(picture: Tensor) -> Any:
