@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import san
 from san.checkpoints import load_model, save_model
 from san.cli import COMMANDS, Command, main
+from tiny_run import make_images
 
 SAN = [sys.executable, "-m", "san"]
 
@@ -154,7 +155,7 @@ def test_predict_files_and_folders(run, checkpoint, photos):
     assert (code, err) == (0, "")
     expected = [f"{photos}/val/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)]
     assert [line[0] for line in lines] == [f"{photos}/val/dog/1.png", *expected]
-    assert all(len(line) == 2 and line[1].split()[0] in ("cat", "dog") for line in lines)
+    assert all(len(line) == 2 and line[1].split(": ")[0] in ("cat", "dog") for line in lines)
 
 
 def test_wordnet_ids_are_told_in_words(run, photos, tmp_path):
@@ -169,6 +170,17 @@ def test_wordnet_ids_are_told_in_words(run, photos, tmp_path):
         answers.append(dict(zip(found["numbers"], found["classes"], strict=True)))
         assert code == 0
     assert answers == [{0: "goldfish, Carassius auratus", 1: "teapot"}, {0: "n01443537", 1: "teapot"}]
+
+
+def test_evaluate_tells_wordnet_ids_in_words(run, tmp_path):
+    """In the table; JSON has the names that the folders have."""
+    images, names = make_images(tmp_path / "things", ("n01443537", "n04398044")), ["n01443537", "n04398044"]
+    model = san.create_model("san4_pairwise", num_classes=2)
+    model.pretrained_cfg["label_names"] = names
+    save_model(model, tmp_path / "things.safetensors")
+    words = ("evaluate", tmp_path / "things.safetensors", "--data", images)
+    assert [line.split()[0] for line in run(*words)[1].splitlines()[1:3]] == ["goldfish", "teapot"]
+    assert json.loads(run(*words, "--json")[1])["class_names"] == names
 
 
 def test_predict_reads_a_list(run, checkpoint, photos, monkeypatch):
@@ -287,6 +299,7 @@ def _mistakes(tmp_path, checkpoint, photos):
         "wrong classes": (["evaluate", checkpoint, "--data", tmp_path / "three"], "the data's 3 classes"),
         "missing image": (["predict", checkpoint, "no.jpg"], "there is no file no.jpg"),
         "no image": (["predict", checkpoint], "there is nothing to predict"),
+        "empty folder": (["predict", checkpoint, tmp_path / "empty"], "there is no image in"),
         "broken image": (["predict", checkpoint, garbage], "1 of 1 images could not be read"),
         "no such device": (["predict", checkpoint, image, "--device", "tpu9"], "there is no device tpu9"),
         "unknown network": (["complexity", "san11_pairwise"], "'san11_pairwise' is unknown"),

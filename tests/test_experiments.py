@@ -157,7 +157,9 @@ def test_a_stopped_campaign_says_how_all_of_it_goes_on(
     with pytest.raises(SystemExit) as stopped:
         _position(images, tmp_path)
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "san: the same command again goes on with all of it"
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "san: the same command again goes on with this run and all others"
+    )
 
 
 def test_a_run_that_another_process_has_is_left_to_it(images: Path, tmp_path: Path) -> None:

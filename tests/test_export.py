@@ -422,7 +422,7 @@ def test_the_extra_that_is_missing_is_named(exported, photos, blocked, needed):
 
 def test_a_checkpoint_needs_torch(checkpoint, photos):
     done = _san(TORCH, "predict", checkpoint, photos)
-    assert done.stderr == "san: error: san predict needs the package torch: pip install san-vision\n"
+    assert done.stderr == "san: error: san predict needs the package torch: pip install 'san-vision[train]'\n"
 
 
 def test_export_to_onnx_names_its_extra(run, checkpoint, tmp_path, monkeypatch):

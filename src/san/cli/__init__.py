@@ -195,8 +195,11 @@ def _run_command(name: str, words: list[str]) -> None:
         ) from None
 
 
+_COMMAND_LINE = "train"
+
+
 def _bringing(module: str) -> str:
-    """What brings a module: the extra that requires its package, or SAN itself; what neither requires, `train` does."""
+    """What brings a module: the extra that requires its package, or else the one that all commands need."""
     from importlib.metadata import PackageNotFoundError, requires
 
     package = module.partition(".")[0].lower()
@@ -208,8 +211,8 @@ def _bringing(module: str) -> str:
         name = re.split(r"[^\w-]", requirement, maxsplit=1)[0]
         if name.replace("-", "_").lower() == package:
             extra = re.search(r"extra == .(\w+)", requirement)
-            return f"'san-vision[{extra[1]}]'" if extra else "san-vision"
-    return "'san-vision[train]'"
+            return f"'san-vision[{extra[1] if extra else _COMMAND_LINE}]'"
+    return f"'san-vision[{_COMMAND_LINE}]'"
 
 
 def _overview() -> str:

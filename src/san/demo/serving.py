@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
 # Before gradio is imported, which would otherwise tell its makers that a page was started.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -42,18 +43,24 @@ _POLICY = (
 class _OwnPageOnly:
     """Refuses what other sites' pages send, files above all, which a browser carries here for them.
 
-    Browsers say where a request comes from; what says nothing is no browser, and nobody's page.
+    Browsers say where a request comes from, in one header or the other; what says nothing is nobody's page.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        is_sent = scope["type"] == "http" and scope["method"] == "POST"
-        if is_sent and Headers(scope=scope).get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        if scope["type"] == "http" and scope["method"] == "POST" and _is_foreign(Headers(scope=scope)):
             await PlainTextResponse("only the page itself may send anything here", 403)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a request comes from another page than our own."""
+    origin = headers.get("origin")
+    is_elsewhere = origin is not None and urlsplit(origin).netloc != headers.get("host")
+    return is_elsewhere or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
 
 
 class _ContentPolicy:

@@ -97,7 +97,9 @@ class Campaign:
                     failed[run.folder.path.name] = str(error)
                     print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
                 except SystemExit:
-                    print("san: the same command again goes on with all of it", file=sys.stderr, flush=True)
+                    print(
+                        "san: the same command again goes on with this run and all others", file=sys.stderr, flush=True
+                    )
                     raise
         return busy, failed
 

@@ -44,6 +44,7 @@ def evaluate(
     from san.checkpoints import load_model
     from san.data import load_dataset
     from san.evaluation.accuracy import evaluate
+    from san.evaluation.classes import class_words
 
     model = load_model(checkpoint).to(chosen_device(device))
     dataset = load_dataset(**trained_on(checkpoint, data))
@@ -62,7 +63,11 @@ def evaluate(
     for name in accuracy.broken:
         print(f"not readable: {name}")
     has_top5 = len(accuracy.class_names) > 5
-    rows = [{key: value for key, value in row.items() if has_top5 or key != "top5"} for row in accuracy.per_class()]
+    words = dict(zip(accuracy.class_names, class_words(model, short=True), strict=True))
+    rows = [
+        {key: words.get(value, value) for key, value in row.items() if has_top5 or key != "top5"}
+        for row in accuracy.per_class()
+    ]
     top5 = f", top-5 {accuracy.top5:.2f} %" if has_top5 else ""
     print(as_table(rows))
     print(f"top-1 {accuracy.top1:.2f} %{top5} of {accuracy.images} images")

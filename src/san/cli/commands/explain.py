@@ -170,6 +170,6 @@ def _show(path: Path, explanation: Any, written: list[Path], json: bool) -> None
         print(jsonlib.dumps(found, ensure_ascii=False), flush=True)
         return
     (height, width), (x, y) = explanation.shown.shape[:2], explanation.pixel
-    print(f"{path}: {name} {100 * probability:.1f} %; pixel {x},{y} of {width}×{height}")
-    print(as_table(rows) if rows else _WITHOUT)
+    print(f"{path}: class {name}, {100 * probability:.1f} %; pixel {x},{y} of {width}×{height}")
+    print(f"{as_table(rows)}\nmeans over all pixels of the image" if rows else _WITHOUT)
     print(f"wrote {written[0].parent}: {', '.join(file.name for file in written)}", flush=True)

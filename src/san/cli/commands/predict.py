@@ -50,7 +50,9 @@ def predict(
             print(jsonlib.dumps(asdict(prediction), ensure_ascii=False), flush=True)
         elif prediction.error is None:
             answers = zip(prediction.classes, prediction.probabilities, strict=True)
-            print(prediction.image, *(f"{name} {100 * share:.1f} %" for name, share in answers), sep="\t", flush=True)
+            print(prediction.image, *(f"{name}: {100 * share:.1f} %" for name, share in answers), sep="\t", flush=True)
+    if not judged:
+        raise UserError(f"there is no image in {', '.join(images)}; name image files or folders that hold some")
     if broken:
         raise UserError(f"{broken} of {judged} images could not be read and were skipped; they are named above")
 
