@@ -44,18 +44,16 @@ def _load_affine(affine, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_layer(matrix, number, column, group, WIDTH: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr):
+def _load_layer(matrix, number, column, group, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
     """W_j of a place: [WIDTH, groups]."""
     present = (column < WIDTH)[:, None] & (group < GROUPS)[None, :]
     return tl.load(matrix + (number * WIDTH + column[:, None]) * GROUPS + group[None, :], mask=present, other=0.0)
 
 
 @triton.jit
-def _made(
-    active, matrix, bias, number, column, group, WIDTH: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, MODE
-):
+def _made(active, matrix, bias, number, column, group, WIDTH: tl.constexpr, GROUPS: tl.constexpr, MODE):
     """α of one place from what enters the last layer: [lanes, groups]."""
-    layer = _load_layer(matrix, number, column, group, WIDTH, GROUPS, K)
+    layer = _load_layer(matrix, number, column, group, WIDTH, GROUPS)
     offset = tl.load(bias + number * GROUPS + group, mask=group < GROUPS, other=0.0)
     return product(active, layer, MODE) + offset[None, :]
 
@@ -102,7 +100,7 @@ def aggregate(
     for number in range(K):
         pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         if WIDTH:
-            alpha = _made(active, matrix, bias, number, column, group, WIDTH, G, K, MODE)
+            alpha = _made(active, matrix, bias, number, column, group, WIDTH, G, MODE)
         else:
             at = _weight_pointers(weight, image, out, number, group, rows * columns, G, K, PIXELS_FIRST)
             alpha = tl.load(at, mask=mask[:, None] & (group < G)[None, :], other=0.0).to(tl.float32)
@@ -155,7 +153,7 @@ def aggregate_backward_weight(
         v = load_groups(value, image, pixel, member, group, height * width, inside & mask, G, SHARE, LAST)
         of_alpha = tl.sum(v * dy, 1)
         if WIDTH:
-            layer = _load_layer(matrix, number, column, group, WIDTH, G, K)
+            layer = _load_layer(matrix, number, column, group, WIDTH, G)
             of_active += product(of_alpha, tl.trans(layer), MODE)
         else:
             at = _weight_pointers(weight_gradient, image, out, number, group, rows * columns, G, K, PIXELS_FIRST)
@@ -220,7 +218,7 @@ def aggregate_backward_value(
         if WIDTH:
             looking = _load_hidden(hidden, image * (rows * columns) + out, column, met, WIDTH)
             active = relu(looking * scale[None, :] + shift[None, :])
-            alpha = _made(active, matrix, bias, number, column, group, WIDTH, G, K, MODE)
+            alpha = _made(active, matrix, bias, number, column, group, WIDTH, G, MODE)
         else:
             at = _weight_pointers(weight, image, out, number, group, rows * columns, G, K, PIXELS_FIRST)
             alpha = tl.load(at, mask=met[:, None] & (group < G)[None, :], other=0.0).to(tl.float32)

@@ -8,7 +8,6 @@ map [B, P, H] in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,54 +17,38 @@ from san.ops import dispatch
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation.reference import AggregationCall
 from san.ops.kernels.gpu import launch, normalization
-from san.ops.kernels.gpu.launch import Bordered, block, is_last, laid_out, like_value, mode, programs, shares
+from san.ops.kernels.gpu.launch import block, is_last, laid_out, like_value, mode, programs, shares
+from san.ops.kernels.gpu.plan import Plan
 from san.ops.mapping import MappingLayer
 
 __all__ = ["aggregate_hidden", "attend_hidden", "run", "supports"]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Sizes and constants of a call; `hidden` is H, 0 where α comes from memory."""
+class _Plan(Plan):
+    """Sizes and constants of a call on value; `hidden` is H, 0 where α comes from memory."""
 
-    value: Tensor
     groups: int
-    geometry: list[int]
     hidden: int = 0
     pixels_first: bool = False
 
-    @cached_property
-    def footprint(self) -> Footprint:
-        return Footprint.from_numbers(self.geometry)
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        return self.footprint.output_size(*self.value.shape[2:])
-
     @property
-    def total(self) -> int:
-        return self.value.shape[0] * self.size[0] * self.size[1]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.total, *self.value.shape[2:], *self.size
-
-    def lanes(self, total: int | None = None) -> int:
-        return launch.lanes(self.total if total is None else total, 16 if self.value.shape[1] > 256 else 32)
+    def most_lanes(self) -> int:
+        return 16 if self.map.shape[1] > 256 else 32
 
     def constants(self, *, backward: bool = False, in_memory: bool = True) -> dict[str, Any]:
-        share = self.value.shape[1] // self.groups
+        share = self.map.shape[1] // self.groups
         found = {
             "G": self.groups,
             "SHARE": share,
             "WIDTH": self.hidden,
-            "LAST": is_last(self.value),
-            "MODE": mode(self.value, backward=backward),
+            "LAST": is_last(self.map),
+            "MODE": mode(self.map, backward=backward),
             "LANES": self.lanes(),
             "BLOCK_G": block(self.groups),
             "BLOCK_S": launch.members(share),
             "BLOCK_H": block(self.hidden),
-            **launch.geometry(self.footprint, *self.value.shape[2:]),
+            **launch.geometry(self.footprint, *self.map.shape[2:]),
         }
         return found | ({"PIXELS_FIRST": self.pixels_first} if in_memory else {})
 
@@ -75,18 +58,6 @@ class _Plan:
             grid = (programs(self.total, self.lanes()),)
             launch.start(kernel, grid, *arguments, *self.sizes, **self.constants(backward=backward))
 
-    def launch_bordered(self, kernel: Any, *arguments: Any) -> Tensor:
-        """Over all pixels that are looked at; their gradient as a map like value."""
-        border = Bordered(self.footprint, *self.value.shape[2:])
-        total = len(self.value) * border.tall * border.wide
-        found = launch.floats(self.value, len(self.value), border.tall * border.wide, self.value.shape[1])
-        if total:
-            sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
-            lanes = self.lanes(total)
-            constants = self.constants(backward=True) | {"LANES": lanes}
-            launch.start(kernel, (programs(total, lanes),), *arguments, found, *sizes, **constants)
-        return border.back(found, self.value)
-
 
 @torch.library.custom_op("san::triton_aggregation", mutates_args=())
 def _forward(value: Tensor, weight: Tensor, groups: int, geometry: list[int], pixels_first: bool) -> Tensor:
@@ -94,7 +65,7 @@ def _forward(value: Tensor, weight: Tensor, groups: int, geometry: list[int], pi
     from san.ops.kernels.aggregation.device import aggregate
 
     value, weight = laid_out(value, is_last(value)), weight.contiguous().resolve_neg()
-    plan = _Plan(value, groups, geometry, pixels_first=pixels_first)
+    plan = _Plan(value, geometry, groups, pixels_first=pixels_first)
     output = like_value(value, plan.size)
     plan.launch(aggregate, value, *[weight] * 5, output)
     return output
@@ -102,7 +73,7 @@ def _forward(value: Tensor, weight: Tensor, groups: int, geometry: list[int], pi
 
 @_forward.register_fake
 def _fake_forward(value: Tensor, weight: Tensor, groups: int, geometry: list[int], pixels_first: bool) -> Tensor:
-    return like_value(value, _Plan(value, groups, geometry).size)
+    return like_value(value, _Plan(value, geometry, groups).size)
 
 
 @torch.library.custom_op("san::triton_aggregation_backward", mutates_args=())
@@ -113,10 +84,11 @@ def _backward(
 
     last = is_last(value)
     value, gradient, weight = laid_out(value, last), laid_out(gradient, last), weight.contiguous().resolve_neg()
-    plan = _Plan(value, groups, geometry, pixels_first=pixels_first)
+    plan = _Plan(value, geometry, groups, pixels_first=pixels_first)
     of_weight = torch.empty_like(weight)
     plan.launch(aggregate_backward_weight, value, gradient, *[weight] * 3, of_weight, *[of_weight] * 2, backward=True)
-    return plan.launch_bordered(aggregate_backward_value, gradient, *[weight] * 5), of_weight
+    of_value = plan.launch_bordered(aggregate_backward_value, gradient, *[weight] * 5, **plan.constants(backward=True))
+    return of_value, of_weight
 
 
 @_backward.register_fake
@@ -163,7 +135,7 @@ def _attend(
 
 
 def _hidden_plan(hidden: Tensor, value: Tensor, matrix: Tensor, geometry: list[int]) -> _Plan:
-    return _Plan(value, matrix.shape[0] // geometry[0] ** 2, geometry, hidden.shape[2])
+    return _Plan(value, geometry, matrix.shape[0] // geometry[0] ** 2, hidden.shape[2])
 
 
 def _by_place(matrix: Tensor, bias: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -210,7 +182,8 @@ def _attend_backward(
     back = normalization.back(statistics, norm_weight, eps, *of_affine, batch=batch, group=group)
     if batch:
         of_hidden += hidden * back.slope.float() + back.intercept.float()
-    of_value = plan.launch_bordered(aggregate_backward_value, gradient, value, hidden, affine, weight, offset)
+    tensors = (gradient, value, hidden, affine, weight, offset)
+    of_value = plan.launch_bordered(aggregate_backward_value, *tensors, **plan.constants(backward=True))
     of_matrix, of_bias = _parameter_gradients(plan, value, gradient, hidden, affine)
     own = [back.weight.to(norm_weight.dtype), back.bias.to(norm_weight.dtype)]
     return [of_hidden, of_value, *own, of_matrix.to(matrix.dtype), of_bias.to(bias.dtype)]

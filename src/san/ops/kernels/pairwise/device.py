@@ -475,7 +475,7 @@ def _first_of(extras):
 
 @triton.jit
 def _back_to_first(
-    gradient, z1, z2, z3, gamma, slopes, valid, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
+    gradient, z1, z2, gamma, slopes, valid, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
 ):
     """Gradient of γ's last output → those of z_1, z_2, z_3, and of what the ReLUs of layers 2 and 3 were given.
 
@@ -655,7 +655,7 @@ def attend_backward_query(
             else:
                 of_last = _statistics(z3, slopes, O3, 0, column3, mask, O3)
             of1 = _back_to_first(
-                of_last, z1, z2, z3, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
+                of_last, z1, z2, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
             )[0]
             if RELATION == "concatenation":
                 sum1 += of1
@@ -838,7 +838,7 @@ def attend_backward_mapping(
             else:
                 of_last = _statistics(z3, slopes, O3, 0, column3, mask, O3)
             of1, of2, of3, passed2, passed3 = _back_to_first(
-                of_last, z1, z2, z3, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
+                of_last, z1, z2, gamma, slopes, mask, column1, column2, column3, LAYERS, False, D, O1, O2, O3, MODE
             )
             if TO > 2:
                 bias_sum3 += tl.sum(of3, 1)
@@ -1003,7 +1003,7 @@ def attend_backward_key(
         of_value += alpha[None, :, :] * dy
         of_last = alpha * (agreement - shared)
         of1 = _back_to_first(
-            of_last, z1, z2, z3, gamma, slopes, met, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
+            of_last, z1, z2, gamma, slopes, met, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
         )[0]
         if HAS_PAIRS:
             of_pairs = _passed(product(tl.trans(weight), of1, MODE), pairs, scale, shift, NORM)

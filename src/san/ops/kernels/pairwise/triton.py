@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from san.ops import dispatch
-from san.ops.footprint import Footprint
 from san.ops.kernels.gpu import launch, normalization
 from san.ops.kernels.gpu.launch import Bordered, as_map, block, floats, is_last, laid_out, like_value, mode, programs
+from san.ops.kernels.gpu.plan import Plan
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.mapping import Mapping
 from san.ops.relations import POSITION_WIDTHS
@@ -32,31 +31,17 @@ _RELATIONS = ("subtraction", "summation", "hadamard", "concatenation", "dot")
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Sizes and constants of a call. `widths` are D and what each layer gives; NORM is false where γ is the identity.
+class _Plan(Plan):
+    """Sizes and constants of a call on query.
 
-    `options` is the form in which operators take it.
+    `widths` are D and what each layer gives; NORM is false where γ is the identity.
     """
 
-    query: Tensor
     value: Tensor
     relation: str
     position: str
-    geometry: list[int]
     widths: list[int]
     norm: bool
-
-    @cached_property
-    def footprint(self) -> Footprint:
-        return Footprint.from_numbers(self.geometry)
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        return self.footprint.output_size(*self.query.shape[2:])
-
-    @property
-    def total(self) -> int:
-        return self.query.shape[0] * self.size[0] * self.size[1]
 
     @property
     def groups(self) -> int:
@@ -68,7 +53,7 @@ class _Plan:
 
     @property
     def relation_channels(self) -> int:
-        return self.query.shape[1]
+        return self.map.shape[1]
 
     def tile(self, *, backward: bool = False, total: int | None = None) -> dict[str, int]:
         """Pixels of a program, of `total` or all that look, and its warps: as many as compile without spilling
@@ -108,11 +93,11 @@ class _Plan:
             "O2": given[1],
             "LAYERS": layers,
             "LAST": is_last(self.value),
-            "MODE": mode(self.query, backward=backward, exact=not self.norm),
+            "MODE": mode(self.map, backward=backward, exact=not self.norm),
             "BLOCK_R": block(self.relation_channels),
             "BLOCK_1": block(given[0]),
             "BLOCK_2": block(given[1]),
-            **launch.geometry(self.footprint, *self.query.shape[2:]),
+            **launch.geometry(self.footprint, *self.map.shape[2:]),
         }
         if value:
             found |= {"SHARE": self.share, "G": self.groups, "O3": given[2], "BLOCK_3": block(given[2])}
@@ -134,7 +119,7 @@ def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: T
     parts = torch.zeros((count, 2, plan.widths[layers]), dtype=torch.float32, device=query.device)
     samples = (total - torch.arange(count, device=query.device) * lanes).clamp(max=lanes)
     if count:
-        arguments = (query, key, position, gamma, parts, total, *query.shape[2:], *plan.size)
+        arguments = (query, key, position, gamma, parts, *plan.sizes)
         launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), **tile)
     return parts, samples * plan.footprint.places
 
@@ -169,7 +154,7 @@ def _forward(
     """
     last = is_last(value)
     query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
-    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    plan = _Plan(query, geometry, value, relation, kind, widths, norm)
     statistics: list[Tensor] = []
     packed: list[Tensor] = []
     fixed = iter(averages)
@@ -197,18 +182,17 @@ def _attend(
     output, normalizer = like_value(value, plan.size), floats(query, plan.total, plan.groups)
     tile = plan.tile()
     if plan.total:
-        sizes = (plan.total, *query.shape[2:], *plan.size)
         constants = plan.constants(len(plan.widths) - 1, value=True)
         grid = (programs(plan.total, tile["LANES"]),)
         tensors = (query, key, value, position, gamma, output, normalizer)
-        launch.start(attend, grid, *tensors, *sizes, **constants, **tile, BLOCK_S=launch.members(plan.share))
+        launch.start(attend, grid, *tensors, *plan.sizes, **constants, **tile, BLOCK_S=launch.members(plan.share))
     return output, normalizer
 
 
 @_forward.register_fake
 def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     query, _, value, _, _, _, _, _, _, relation, kind, geometry, widths, norm = inputs
-    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    plan = _Plan(query, geometry, value, relation, kind, widths, norm)
     statistics = [query.new_empty((3, width), dtype=torch.float64) for width in widths[:-1] if norm]
     normalizer, gamma = floats(query, plan.total, plan.groups), floats(query, plan.parameters(len(widths) - 1))
     return like_value(value, plan.size), normalizer, gamma, statistics
@@ -243,7 +227,7 @@ def _backward(
     last = is_last(value)
     query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
     gradient, output = laid_out(gradient, last), laid_out(output, last)
-    plan = _Plan(query, value, relation, kind, geometry, widths, norm)
+    plan = _Plan(query, geometry, value, relation, kind, widths, norm)
     walk = _Walk(plan, query, key, value, position, gamma, of_mapping=of_mapping or any(batch))
     walk.attend(gradient, output, normalizer)
     slopes = _through_statistics(walk, statistics, norm_weights, eps, batch, group)
@@ -329,7 +313,7 @@ class _Walk:
             attend_backward_query,
             (count,),
             *(*self.maps, self.position, self.gamma, slopes, output, gradient, normalizer, delta),
-            *(self.of_query, self.of_looking, sums, plan.total, *self.maps[0].shape[2:], *plan.size),
+            *(self.of_query, self.of_looking, sums, *plan.sizes),
             **constants,
             **tile,
             ATTEND=attends,
@@ -351,7 +335,7 @@ class _Walk:
                 attend_backward_mapping,
                 (count,),
                 *(*self.maps, self.position, self.gamma, slopes, *tensors, sums),
-                *(plan.total, *self.maps[0].shape[2:], *plan.size, tiles),
+                *(*plan.sizes, tiles),
                 **constants,
                 FROM=first,
                 TO=last,
@@ -379,7 +363,7 @@ class _Walk:
                 attend_backward_key,
                 (programs(total, tile["LANES"]),),
                 *(*self.maps, self.position, self.gamma, self.gamma if slopes is None else slopes),
-                *(gradient, normalizer, self.delta, of_key, of_value, of_seen, total, *query.shape[2:], *plan.size),
+                *(gradient, normalizer, self.delta, of_key, of_value, of_seen, total, *plan.sizes[1:]),
                 *(border.tall, border.wide, border.origin),
                 **plan.constants(len(plan.widths) - 1, value=True, backward=True),
                 SLOPES=slopes is not None,

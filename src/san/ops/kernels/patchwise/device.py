@@ -27,13 +27,13 @@ _SIZES = ["total", "height", "width", "rows", "columns", "tall", "wide", "origin
 
 
 @triton.jit
-def _load_place(vector, number, column, R: tl.constexpr, K: tl.constexpr):
+def _load_place(vector, number, column, R: tl.constexpr):
     """A place's part of a vector [K, R]: [R]."""
     return tl.load(vector + number * R + column, mask=column < R, other=0.0)
 
 
 @triton.jit
-def _load_weight(matrix, number, column, row, R: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr):
+def _load_weight(matrix, number, column, row, R: tl.constexpr, GIVEN: tl.constexpr):
     """W_j of a place: [R, GIVEN]."""
     present = (column < R)[:, None] & (row < GIVEN)[None, :]
     return tl.load(matrix + (number * R + column[:, None]) * GIVEN + row[None, :], mask=present, other=0.0)
@@ -79,9 +79,9 @@ def hidden(
     for number in range(K):
         pixel, inside = place(y, x, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         k = load_channels(key, image, pixel, column, height * width, inside & mask, R, LAST)
-        scale, shift = _load_place(affine, number, column, R, K), _load_place(affine + R * K, number, column, R, K)
+        scale, shift = _load_place(affine, number, column, R), _load_place(affine + R * K, number, column, R)
         active = relu(k * scale[None, :] + shift[None, :])
-        z += product(active, _load_weight(matrix, number, column, row, R, K, GIVEN), MODE)
+        z += product(active, _load_weight(matrix, number, column, row, R, GIVEN), MODE)
     tl.store(output + lane[:, None] * GIVEN + row[None, :], z, mask=mask[:, None] & (row < GIVEN)[None, :])
 
 
@@ -176,12 +176,12 @@ def hidden_backward_key(
         for start in range(0, GIVEN, BLOCK_O):
             given = start + tl.arange(0, BLOCK_O)
             dz = _load_rows(gradient, looking, given, met, GIVEN)
-            of_active += product(dz, tl.trans(_load_weight(matrix, number, column, given, R, K, GIVEN)), MODE)
-        scale, shift = _load_place(affine, number, column, R, K), _load_place(affine + R * K, number, column, R, K)
+            of_active += product(dz, tl.trans(_load_weight(matrix, number, column, given, R, GIVEN)), MODE)
+        scale, shift = _load_place(affine, number, column, R), _load_place(affine + R * K, number, column, R)
         of_key += tl.where(k * scale[None, :] + shift[None, :] <= 0, 0.0, of_active) * scale[None, :]
         if SLOPES:
-            slope = _load_place(slopes, number, column, R, K)
-            intercept = _load_place(slopes + R * K, number, column, R, K)
+            slope = _load_place(slopes, number, column, R)
+            intercept = _load_place(slopes + R * K, number, column, R)
             of_key += tl.where(met[:, None], k * slope[None, :] + intercept[None, :], 0.0)
     tl.store(key_gradient + lane[:, None] * R + column[None, :], of_key, mask=mask[:, None] & (column < R)[None, :])
 
@@ -217,8 +217,8 @@ def hidden_backward_parameters(
     K: tl.constexpr = KERNEL * KERNEL
     number, share, column = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_R)
     given = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
-    scale, shift = _load_place(affine, number, column, R, K), _load_place(affine + R * K, number, column, R, K)
-    layer = _load_weight(matrix, number, column, given, R, K, GIVEN)
+    scale, shift = _load_place(affine, number, column, R), _load_place(affine + R * K, number, column, R)
+    layer = _load_weight(matrix, number, column, given, R, GIVEN)
     of_layer = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     of_scale, of_shift = tl.zeros([LANES, BLOCK_R], tl.float32), tl.zeros([LANES, BLOCK_R], tl.float32)
     for tile in range(share * tiles, share * tiles + tiles):

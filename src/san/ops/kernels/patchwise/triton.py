@@ -9,7 +9,6 @@ Legend: B batch, R relation width, K places, D δ's width, O what a Linear gives
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from san.ops import dispatch
 from san.ops.footprint import Footprint
 from san.ops.kernels.aggregation.triton import aggregate_hidden, attend_hidden
 from san.ops.kernels.gpu import launch, normalization
-from san.ops.kernels.gpu.launch import Bordered, as_map, block, floats, is_last, laid_out, mode, programs, shares
+from san.ops.kernels.gpu.launch import as_map, block, floats, is_last, laid_out, mode, programs, shares
+from san.ops.kernels.gpu.plan import Plan
 from san.ops.kernels.patchwise.reference import PatchwiseCall
 from san.ops.mapping import Mapping, MappingLayer
 from san.ops.normalization import BatchNorm
@@ -29,35 +29,14 @@ __all__ = ["run", "supports"]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Sizes and constants of a call on `key` [B, R, H, W]; `given` is O, 0 where no Linear takes part."""
+class _Plan(Plan):
+    """Sizes and constants of a call on key [B, R, H, W]; `given` is O, 0 where no Linear takes part."""
 
-    key: Tensor
-    geometry: list[int]
     given: int = 0
-
-    @cached_property
-    def footprint(self) -> Footprint:
-        return Footprint.from_numbers(self.geometry)
-
-    @cached_property
-    def size(self) -> tuple[int, int]:
-        return self.footprint.output_size(*self.key.shape[2:])
-
-    @property
-    def total(self) -> int:
-        return self.key.shape[0] * self.size[0] * self.size[1]
 
     @property
     def channels(self) -> int:
-        return self.key.shape[1]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.total, *self.key.shape[2:], *self.size
-
-    def lanes(self) -> int:
-        return launch.lanes(self.total, 64)
+        return self.map.shape[1]
 
     @property
     def block(self) -> int:
@@ -67,27 +46,15 @@ class _Plan:
     def constants(self, *, backward: bool = False) -> dict[str, Any]:
         found = {
             "R": self.channels,
-            "LAST": is_last(self.key),
+            "LAST": is_last(self.map),
             "LANES": self.lanes(),
             "num_warps": 4 if self.channels <= 64 else 8,
             "BLOCK_R": block(self.channels),
-            **launch.geometry(self.footprint, *self.key.shape[2:]),
+            **launch.geometry(self.footprint, *self.map.shape[2:]),
         }
         if not self.given:
             return found
-        return found | {"GIVEN": self.given, "BLOCK_O": self.block, "MODE": mode(self.key, backward=backward)}
-
-    def launch_bordered(self, kernel: Any, *arguments: Any, **constants: Any) -> Tensor:
-        """Over all pixels that are looked at; their gradient as a map like key."""
-        border = Bordered(self.footprint, *self.key.shape[2:])
-        total = len(self.key) * border.tall * border.wide
-        found = floats(self.key, len(self.key), border.tall * border.wide, self.channels)
-        if total:
-            sizes = (total, *self.sizes[1:], border.tall, border.wide, border.origin)
-            lanes = launch.lanes(total, 64)
-            constants |= self.constants(backward=True) | {"LANES": lanes}
-            launch.start(kernel, (programs(total, lanes),), *arguments, found, *sizes, **constants)
-        return border.back(found, self.key)
+        return found | {"GIVEN": self.given, "BLOCK_O": self.block, "MODE": mode(self.map, backward=backward)}
 
 
 def _by_place(x: Tensor, places: int) -> Tensor:
@@ -140,12 +107,12 @@ def _observe(plan: _Plan, group: str) -> Tensor:
     places, lanes = plan.footprint.places, plan.lanes()
     tiles = programs(plan.total, lanes)
     count, each = shares(tiles, places)
-    parts = torch.zeros((count, 2, places, plan.channels), dtype=torch.float32, device=plan.key.device)
-    first = torch.arange(count, device=plan.key.device) * (each * lanes)
+    parts = torch.zeros((count, 2, places, plan.channels), dtype=torch.float32, device=plan.map.device)
+    first = torch.arange(count, device=plan.map.device) * (each * lanes)
     samples = (plan.total - first).clamp(0, each * lanes)
     if plan.total:
         constants = replace(plan, given=0).constants()
-        launch.start(observe, (places, count), plan.key, parts, *plan.sizes, each, **constants)
+        launch.start(observe, (places, count), plan.map, parts, *plan.sizes, each, **constants)
     return normalization.merged(parts.transpose(2, 3).flatten(2), samples, group)
 
 
@@ -186,7 +153,7 @@ def _backward(
     back = normalization.back(statistics, norm_weight, eps, *of_affine, batch=batch, group=group)
     slopes = _by_place(torch.stack([back.slope, back.intercept]).float(), plan.footprint.places)
     arguments = (hidden_backward_key, gradient, key, affine, layer, slopes)
-    of_key = plan.launch_bordered(*arguments, SLOPES=batch)
+    of_key = plan.launch_bordered(*arguments, **plan.constants(backward=True), SLOPES=batch)
     own = [back.weight.to(norm_weight.dtype), back.bias.to(norm_weight.dtype)]
     return [of_key, *own, of_matrix.to(matrix.dtype)]
 
@@ -200,7 +167,7 @@ def _parameter_gradients(plan: _Plan, gradient: Tensor, affine: Tensor, layer: T
     size = places * plan.channels
     sums = floats(gradient, count * size * (plan.given + 2 * blocks))
     if plan.total:
-        tensors = (gradient, plan.key, affine, layer, sums)
+        tensors = (gradient, plan.map, affine, layer, sums)
         grid = (places, count, blocks)
         launch.start(hidden_backward_parameters, grid, *tensors, *plan.sizes, each, **plan.constants(backward=True))
     else:
@@ -265,7 +232,7 @@ def _star_backward(gradient: Tensor, query: Tensor, key: Tensor, geometry: list[
     if plan.total:
         grid = (programs(plan.total, plan.lanes()),)
         launch.start(star_backward_query, grid, gradient, key, of_query, *plan.sizes, **plan.constants())
-    of_key = plan.launch_bordered(star_backward_key, gradient, query)
+    of_key = plan.launch_bordered(star_backward_key, gradient, query, **plan.constants())
     return as_map(of_query, plan.size, query, plan.footprint.stride), of_key
 
 
