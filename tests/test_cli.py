@@ -193,6 +193,18 @@ def test_predict_reads_a_list(run, checkpoint, photos, monkeypatch):
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
 
 
+def test_predict_says_where_scores_overflow(run, photos, tmp_path):
+    """As in patchwise networks, where what is far too large is squared from layer to layer."""
+    model = san.create_model("san4_patchwise", num_classes=2)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1e30)
+    save_model(model, tmp_path / "wild.safetensors")
+    image = f"{photos}/val/cat/0.png"
+    code, out, err = run("predict", tmp_path / "wild.safetensors", image)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[0] == f"san: the network gives {image} no finite scores; skipped"
+
+
 def test_predict_skips_folders_in_a_list(run, checkpoint, photos, monkeypatch):
     """As `find DIR` lists them."""
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/val\n{photos}/val/cat/0.png\n"))
@@ -211,7 +223,7 @@ def test_predict_skips_broken_images_and_says_so(run, checkpoint, photos, tmp_pa
     assert out.startswith(f"{photos}/val/cat/0.png\t")
     skipped, sentence = err.splitlines()
     assert skipped == f"san: {tmp_path}/bad.jpg is not a readable image; skipped"
-    assert sentence == "san: error: 1 of 2 images could not be read and were skipped; they are named above"
+    assert sentence == "san: error: 1 of 2 images could not be judged and were skipped; they are named above"
     code, out, _ = run(*words, "--json")
     assert [json.loads(line)["error"] is None for line in out.splitlines()] == [False, True]
 
@@ -300,7 +312,7 @@ def _mistakes(tmp_path, checkpoint, photos):
         "missing image": (["predict", checkpoint, "no.jpg"], "there is no file no.jpg"),
         "no image": (["predict", checkpoint], "there is nothing to predict"),
         "empty folder": (["predict", checkpoint, tmp_path / "empty"], "there is no image in"),
-        "broken image": (["predict", checkpoint, garbage], "1 of 1 images could not be read"),
+        "broken image": (["predict", checkpoint, garbage], "1 of 1 images could not be judged"),
         "no such device": (["predict", checkpoint, image, "--device", "tpu9"], "there is no device tpu9"),
         "unknown network": (["complexity", "san11_pairwise"], "'san11_pairwise' is unknown"),
         "bad shape": (["complexity", "san10_pairwise", "--input-size", 8], "8×8"),

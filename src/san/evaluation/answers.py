@@ -5,6 +5,7 @@ Needs neither torch nor timm, so that exported networks are used where neither i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ class Prediction:
 
     Args:
         image: The image's path.
-        classes: Names of the likeliest classes, best first; empty for a broken image.
+        classes: Names of the likeliest classes, best first; empty where there is an error.
         numbers: Of these classes, from 0, in the order of the model's scores.
         probabilities: Of these classes, in [0, 1].
-        error: A sentence that says why the image could not be read, else None.
+        error: A sentence that says why the image could not be read or judged, else None.
     """
 
     image: str
@@ -95,6 +96,8 @@ def _prediction(path: str | Path, image: Any, found: Iterator[Any], names: list[
     if isinstance(image, _Unreadable):
         return Prediction(str(path), [], [], [], error=image.sentence)
     probabilities, numbers = next(found)
+    if not all(map(math.isfinite, probabilities)):
+        return Prediction(str(path), [], [], [], error=f"the network gives {path} no finite scores")
     return Prediction(str(path), [names[number] for number in numbers], numbers, probabilities)
 
 

@@ -24,9 +24,9 @@ def predict(
     """Name the likeliest classes of images.
 
     Prints a line for each image: its path, then classes and probabilities, best first; with --json an object a line.
-    A file that is no image is reported on standard error and skipped; the others are still judged, and the exit code
-    is 2 then. WordNet ids such as n01440764, and the classes of a model of 1000 without names, are called by ImageNet's
-    words.
+    A file that is no image, or that the network gives no finite scores, is reported on standard error and skipped; the
+    others are still judged, and the exit code is 2 then. WordNet ids such as n01440764, and the classes of a model of
+    1000 without names, are called by ImageNet's words.
 
     Args:
         checkpoint: A run folder, a .safetensors file, a published .pth, or an .onnx file that `san export` wrote, which
@@ -54,7 +54,7 @@ def predict(
     if not judged:
         raise UserError(f"there is no image in {', '.join(images)}; name image files or folders that hold some")
     if broken:
-        raise UserError(f"{broken} of {judged} images could not be read and were skipped; they are named above")
+        raise UserError(f"{broken} of {judged} images could not be judged and were skipped; they are named above")
 
 
 def _predictions(checkpoint: str, paths: Iterable[str], device: str | None, **options: Any) -> Iterator[Prediction]:
