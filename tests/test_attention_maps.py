@@ -557,9 +557,14 @@ def test_a_footprint_lies_where_it_reads():
     assert [tuple(place) for place in np.argwhere(~laid.mask)] == [(6, 0), (6, 1), (7, 0), (7, 1)]
     assert float(laid.sum()) == pytest.approx(1, abs=1e-5)
     assert whole.get_xlim() == (-0.5, 31.5)
-    frame, centre = whole.patches
-    assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((-0.5, 23.5), 8, 8)
+    # On the whole image only a frame, for a cross would hide a footprint of 3×3 pixels.
+    assert not whole.lines
+    frame, centre = near.patches
+    for each in (*whole.patches, frame):
+        assert (each.get_xy(), each.get_width(), each.get_height()) == ((-0.5, 23.5), 8, 8)
     assert (centre.get_xy(), centre.get_width(), centre.get_height()) == ((-0.5, 27.5), 4, 4)
+    # At the edge, frame and cross are drawn whole.
+    assert not any(mark.get_clip_on() for mark in (frame, *near.lines[:2]))
     # The enlargement stays on the image, and has a dot at the middle of each place that the border mirrors to.
     assert near.get_xlim() == (-0.5, 15.5)
     assert near.get_ylim() == (31.5, 15.5)
@@ -585,6 +590,8 @@ def test_groups_share_a_scale_with_a_meaning(form):
     assert {groups[0], groups[-1]} == {int(distances.argmin()), int(distances.argmax())}
     laid = np.ma.stack([_laid(axes)[0] for axes in figure.axes[1:17]])
     limits = {axes.images[1].get_clim() for axes in figure.axes[1:17]}
+    # Opaque: what is drawn has the colours of the scale.
+    assert all(axes.images[1].get_alpha() == 1 for axes in figure.axes[1:17])
     most = float(np.abs(laid).max())
     assert limits == {(-most if form == "patchwise" else 0, most)}
     assert (laid.min() < 0) == (form == "patchwise")
@@ -615,12 +622,15 @@ def test_figures_of_an_explanation():
     with pytest.raises(UserError, match=r"layer layer0\.0\.sam has no weight group 1, only 0 to 0"):
         figures.figures(explanation, 1)
     overview = figures.figures(explanation)["overview"]()
-    panels = [axes for axes in overview.axes if axes.images]
-    assert [axes.get_title().split("\n")[0] for axes in panels][:3] == [
+    assert [axes.get_title() for axes in overview.axes[:3]] == [
         "what is shown to the network",
         "roll-out from pixel 1,2",
         "Grad-CAM: what speaks for the class",
     ]
+    # Each scale says what it counts.
+    assert [axes.get_xlabel() for axes in overview.axes[3:]] == ["times an even spread", "relative to the largest"]
+    rollout = figures.figures(explanation)["rollout"]()
+    assert {axes.get_xlabel() for axes in rollout.axes[4:]} == {"times an even spread"}
 
 
 # The command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from safetensors.torch import load_file
 
 from san.cli import main
@@ -22,6 +24,7 @@ from san.data import Batch, load_dataset, make_loader
 from san.errors import UserError
 from san.experiments import SCALES, TABLES, columns, reproduce
 from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
+from san.experiments.report import write
 from san.experiments.results import agreement, order
 from san.models import build_model
 from san.training.interruption import StopRequest
@@ -116,6 +119,27 @@ def test_a_table_tells_mean_and_deviation_of_its_runs(position: tuple[dict[str, 
     assert [row["top-1"].count("±") for row in columns(result)] == [1, 1, 1]
     for kind in ("md", "json", "png", "svg"):
         assert (out / f"position.{kind}").stat().st_size > 100
+    # Every value stands in the chart. A vector file says as a comment what it writes.
+    chart = (out / "position.svg").read_text()
+    assert all(f"<!-- {row['top-1']} -->" in chart for row in columns(result))
+    assert "standard deviation over seeds -->" in chart
+
+
+def test_a_chart_is_of_ten_percent_at_least_and_ends_at_a_hundred(
+    position: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else trifles would look large: the scale of dots need not start at 0."""
+    result, drawn = copy.deepcopy(position[0]), []
+    for row, top1 in zip(result["rows"], (99.4, 99.5, 99.6), strict=True):
+        row["means"]["top1"], row["deviations"]["top1"] = top1, None
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    write(result, tmp_path, "san reproduce position")
+    assert drawn
+    for figure in drawn:
+        (axes,) = figure.axes
+        assert np.ptp(axes.get_xlim()) > 10
+        assert max(axes.get_xticks()) == 100
+        assert [text.get_text() for text in axes.texts] == ["99.40", "99.50", "99.60"]
 
 
 def test_finished_runs_are_not_trained_again(position: tuple[dict[str, Any], Path], images: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -43,7 +44,7 @@ from san.evaluation.robustness import (
     turn,
     wrong_labels,
 )
-from san.evaluation.robustness.figures import draw_attacked
+from san.evaluation.robustness.figures import draw_angles, draw_attacked
 from san.training import train
 from tiny_run import NETWORK, make_images, settings
 
@@ -619,10 +620,39 @@ def test_attacked_images_come_with_what_changed_in_the_attention(examples, runs,
     monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
     turns = iter(maps)
     draw_attacked("it", load_model(runs[0]), examples.some(1), Attack(), tmp_path / "a.png", lambda *_: next(turns))
+    assert titles[1] == "what is added, magnified 15.9× (grey: 0)"
     assert titles[3] == "attention: 100 % moved"
     draw_attacked("it", load_model(runs[0]), examples.some(1), Attack(), tmp_path / "b.png", lambda *_: None)
     widths = [Image.open(tmp_path / f"{name}.png").width for name in "ab"]
     assert widths[0] / widths[1] == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_titles_of_attacked_images_fit_above_them(tmp_path, monkeypatch):
+    """Of classes with long names, whether they are recognised or taken for each other."""
+    titles, folder = [], tmp_path / "images"
+    names = ["a dark picture of nothing that anybody knows", "every bright picture"]
+    for name in names:
+        (folder / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (128,) * 3).save(folder / "test" / name / "grey.png")
+    model, dataset = Brightness(), load_dataset(str(folder))
+    model.pretrained_cfg["label_names"] = names
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **_: titles.append(title))
+    examples = LabelledImages(dataset.split("test"), dataset.class_names)
+    draw_attacked("it", model, examples, Attack(), tmp_path / "a.png")
+    assert max(len(line) for title in titles for line in title.split("\n")) <= 42
+    plain = [title.replace("\n", " ") for title in titles]
+    assert plain[0] == f"{names[0]}, taken for {names[1]}"
+    assert plain[3] == f"{names[1]}, recognised"
+
+
+@pytest.mark.parametrize(("angles", "step"), [((0, 10, 45), 15), (range(0, 360, 15), 30), (range(-360, 361, 90), 90)])
+def test_angles_are_numbered_at_parts_of_a_right_angle(angles, step, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    curve = [{"angle": angle, "top1": 50.0} for angle in angles]
+    draw_angles({"models": [{"model": "it", "rotation": {"angles": curve}}]}, tmp_path / "angles")
+    ((axes,),) = (figure.axes for figure in drawn)
+    assert set(np.diff(axes.get_xticks())) == {step}
 
 
 def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
@@ -643,6 +673,7 @@ def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     assert {"robustness.json", "robustness.md", "angles.png", "angles.svg", "iterations.png", "iterations.svg"} < names
     attacked = [name for name in names if name.startswith("attacked-")]
     assert len(attacked) == 2
+    assert (tmp_path / "r" / "iterations.svg").read_text().count('<g id="legend_') == 1, "one for its four panels"
     page = (tmp_path / "r" / "robustness.md").read_text()
     assert all(f"]({name})" in page for name in ["angles.png", "iterations.png", *attacked])
     with Image.open(tmp_path / "r" / attacked[0]) as picture:

@@ -6,12 +6,14 @@ stands for. They are made without pyplot, so several threads may draw at once.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from san.attention_maps.explanation import Explanation
@@ -77,12 +79,12 @@ def check_group(layer: str, groups: int, group: int | None) -> None:
 def draw_overview(explanation: Explanation) -> Figure:
     """The image with the pixel, beside it what the pixel draws on by roll-out, and what speaks for the class."""
     shown, (_, name, probability) = explanation.shown, explanation.target
-    panels = [("what is shown to the network", None), *_overlays(explanation)]
+    panels = [("what is shown to the network", None, ""), *_overlays(explanation)]
     figure, axes = _panels(len(panels), len(panels), 3.6)
-    for each, (title, quantity) in zip(axes, panels, strict=True):
-        each.imshow(shown if quantity is None else _grey(shown))
+    for each, (title, quantity, label) in zip(axes, panels, strict=True):
+        _show(each, shown if quantity is None else _grey(shown))
         if quantity is not None:
-            _lay_over(each, figure, quantity, shown.shape[:2], smooth=True)
+            _lay_over(each, figure, quantity, shown.shape[:2], label, smooth=True)
         if explanation.rollout:
             _mark(each, explanation.pixel)
         each.set_title(title, fontsize="medium")
@@ -90,19 +92,20 @@ def draw_overview(explanation: Explanation) -> Figure:
     return figure
 
 
-def _overlays(explanation: Explanation) -> list[tuple[str, np.ndarray]]:
+def _overlays(explanation: Explanation) -> list[tuple[str, np.ndarray, str]]:
+    """Title, quantity and what its scale counts."""
     x, y = explanation.pixel
     found = []
     if explanation.rollout:
-        title = f"roll-out from pixel {x},{y}\n{_RELATIVE}"
-        found.append((title, _relative(explanation.rollout["image"])))
+        found.append((f"roll-out from pixel {x},{y}", _relative(explanation.rollout["image"]), _RELATIVE))
     evidence = explanation.grad_cam.cpu().numpy()
     most = evidence.max()
-    found.append(("Grad-CAM: what speaks for the class\n1 is the most", evidence / most if most > 0 else evidence))
+    relative = evidence / most if most > 0 else evidence
+    found.append(("Grad-CAM: what speaks for the class", relative, "relative to the largest"))
     return found
 
 
-_RELATIVE = "1: what equal parts would be"
+_RELATIVE = "times an even spread"
 
 
 def _relative(arriving: Tensor) -> np.ndarray:
@@ -113,7 +116,7 @@ def _relative(arriving: Tensor) -> np.ndarray:
 def draw_footprints(
     shown: np.ndarray, attentions: list[PixelAttention], pixel: tuple[int, int], group: int | None = None
 ) -> Figure:
-    """What a pixel attends to in several layers: at true scale on the whole image, and below enlarged.
+    """What a pixel attends to in several layers: at true scale on the whole image, and below enlarged, with a cross.
 
     Colours are α of a weight `group`, or, for None, the mean over groups of the shares |α_j| / Σ_l |α_l|. Pixels of
     the map that places outside are mirrored onto have a dot; what they get is summed.
@@ -143,7 +146,8 @@ def _is_mirrored(attention: PixelAttention) -> bool:
 
 
 def _title(figure: Figure, *lines: str) -> None:
-    figure.suptitle("\n".join(filter(None, lines)), fontsize="medium")
+    letters = int(10 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, letters) for line in lines if line), fontsize="medium")
 
 
 def _draw_footprint(
@@ -159,13 +163,12 @@ def _draw_footprint(
     laid = attention.on_map(quantity).cpu().numpy()
     limits = _limits(laid, signed=group is not None and observed.form == "patchwise")
     for axes in pair:
-        axes.imshow(_grey(shown))
+        _show(axes, _grey(shown))
         drawn = _lay(axes, laid, observed.stride, limits)
-        _outline(axes, attention)
-        _mark(axes, pixel)
+    # At true scale a footprint may be 3 pixels wide: more marks than its frame would hide it.
+    _outline(pair[0], attention)
     _frame(pair[0], observed.image_size)
-    _dot(pair[1], attention)
-    _zoom(pair[1], attention)
+    _decorate(pair[1], attention, pixel)
     bar = figure.colorbar(drawn, ax=pair[1], orientation="horizontal", shrink=0.9, aspect=25, pad=0.03)
     _ticks(bar)
     size = observed.layer.footprint.kernel_size
@@ -202,22 +205,25 @@ def draw_groups(
     figure, axes = _panels(1 + len(chosen), _columns(1 + len(chosen), 6), 2.1, height=2.3)
     laid = attention.on_map(attention.weights[0]).cpu().numpy()
     limits = _limits(laid[chosen], signed=observed.form == "patchwise")
-    axes[0].imshow(shown)
-    _decorate(axes[0], attention, pixel)
-    axes[0].set_title("image", fontsize="small")
     drawn: Any = None
-    for each, group in zip(axes[1:], chosen, strict=False):
-        each.imshow(_grey(shown))
-        drawn = _lay(each, laid[group], observed.stride, limits)
+    for each, group in zip(axes, [None, *chosen], strict=False):
+        _show(each, shown if group is None else _grey(shown))
+        if group is not None:
+            drawn = _lay(each, laid[group], observed.stride, limits)
         _decorate(each, attention, pixel)
-        each.set_title(f"group {group}: {distance[group]:.3g} px", fontsize="small")
+        each.set_title("image" if group is None else f"group {group}: {distance[group]:.3g} px", fontsize="small")
     figure.colorbar(drawn, ax=list(axes), shrink=0.6, aspect=30, label="weight α")
-    part = "all" if len(chosen) == observed.groups else f"{len(chosen)} of"
+    _title_groups(figure, attention, pixel, len(chosen))
+    return figure
+
+
+def _title_groups(figure: Figure, attention: PixelAttention, pixel: tuple[int, int], count: int) -> None:
+    observed = attention.observed
+    part = "all" if count == observed.groups else f"{count} of"
     what = f"{observed.name}, {observed.form}, pixel {pixel[0]},{pixel[1]}: {part} {observed.groups} weight groups"
     border = f"{_outside(attention)}; {_MIRRORED}" if _is_mirrored(attention) else _outside(attention)
     order = "in order of mean attended distance" + (", evenly spread over all" if part != "all" else "")
     _title(figure, what, order, border)
-    return figure
 
 
 def _spread(values: np.ndarray, most: int) -> list[int]:
@@ -269,11 +275,11 @@ def draw_rollout(shown: np.ndarray, rollout: Mapping[str, Tensor], pixel: tuple[
     """
     figure, axes = _panels(len(rollout), _columns(len(rollout), 5), 2.6, height=2.8)
     for each, (name, arriving) in zip(axes, rollout.items(), strict=False):
-        each.imshow(_grey(shown))
-        _lay_over(each, figure, _relative(arriving), shown.shape[:2])
+        _show(each, _grey(shown))
+        _lay_over(each, figure, _relative(arriving), shown.shape[:2], _RELATIVE)
         _mark(each, pixel)
         each.set_title(f"at {'the' if name == 'image' else 'the input of'} {name}", fontsize="small")
-    _title(figure, f"roll-out from pixel {pixel[0]},{pixel[1]} of the last map", _RELATIVE)
+    _title(figure, f"roll-out from pixel {pixel[0]},{pixel[1]} of the last map")
     return figure
 
 
@@ -293,8 +299,16 @@ def _panels(count: int, columns: int, width: float, height: float | None = None)
     return figure, axes
 
 
+def _show(axes: Any, picture: np.ndarray) -> None:
+    """An image with a thin line around it, which tells white parts of it from the page."""
+    axes.imshow(picture)
+    axes.set_axis_on()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(color="0.6", linewidth=0.6)
+
+
 def _grey(shown: np.ndarray) -> np.ndarray:
-    """The image without colours, which belong to what lies over it, and pale, so that these look as on their scale."""
+    """The image without colours, which belong to what lies over it, and pale, so that it does not darken these."""
     grey = 0.5 + 0.5 * shown @ np.array([0.299, 0.587, 0.114], dtype=shown.dtype)
     return np.repeat(grey[..., None], 3, axis=2)
 
@@ -305,22 +319,26 @@ def _limits(laid: np.ndarray, *, signed: bool) -> dict[str, Any]:
     return {"cmap": colours, "vmin": lowest, "vmax": most}
 
 
-def _lay(axes: Any, laid: np.ndarray, stride: tuple[float, float], options: dict[str, Any], alpha: float = 0.85) -> Any:
-    """A map over the image; NaN is left out."""
+def _lay(axes: Any, laid: np.ndarray, stride: tuple[float, float], options: dict[str, Any], alpha: float = 1.0) -> Any:
+    """A map over the image, opaque so that its colours are those of its scale; NaN is left out."""
     height, width = laid.shape
     extent = (-0.5, width * stride[1] - 0.5, height * stride[0] - 0.5, -0.5)
     return axes.imshow(np.ma.masked_invalid(laid), extent=extent, alpha=alpha, **options)
 
 
-def _lay_over(axes: Any, figure: Figure, quantity: np.ndarray, size: tuple[int, int], *, smooth: bool = False) -> None:
-    """A map of the whole image over it, with its scale."""
+def _lay_over(
+    axes: Any, figure: Figure, quantity: np.ndarray, size: tuple[int, int], label: str, *, smooth: bool = False
+) -> None:
+    """A map of the whole image over it, which shines through, with its scale and what this counts."""
     stride = (pixels_per_place(size[0], quantity.shape[0]), pixels_per_place(size[1], quantity.shape[1]))
     options = _limits(quantity, signed=False)
     if smooth:
         options["interpolation"] = "bilinear"
     drawn = _lay(axes, quantity, stride, options, alpha=0.6)
     _frame(axes, size)
-    _ticks(figure.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.9, aspect=25, pad=0.03))
+    bar = figure.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.9, aspect=25, pad=0.03)
+    bar.set_label(label, fontsize="small")
+    _ticks(bar)
 
 
 def _ticks(bar: Any) -> None:
@@ -335,16 +353,23 @@ def _frame(axes: Any, size: tuple[int, int]) -> None:
 
 
 def _decorate(axes: Any, attention: PixelAttention, pixel: tuple[int, int]) -> None:
-    _outline(axes, attention)
-    _dot(axes, attention)
+    """Enlarge a footprint, and mark its frame, its centre, the pixel and what the border mirrors to."""
+    # A dark rim, for magenta is weak on white.
+    _outline(axes, attention, path_effects=[withStroke(linewidth=3, foreground="black")])
+    _outline_centre(axes, attention)
     _mark(axes, pixel)
+    _dot(axes, attention)
     _zoom(axes, attention)
 
 
-def _outline(axes: Any, attention: PixelAttention) -> None:
-    """Frames around what a footprint reads and around its centre."""
+def _outline(axes: Any, attention: PixelAttention, **options: Any) -> None:
+    """A frame around what a footprint reads, whole at the image's edge too."""
     left, top, width, height = attention.box()
-    axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=_MARK, linewidth=1.2))
+    options |= {"fill": False, "edgecolor": _MARK, "linewidth": 1.4, "clip_on": False}
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, **options))
+
+
+def _outline_centre(axes: Any, attention: PixelAttention) -> None:
     down, across = attention.observed.stride
     step = attention.observed.layer.footprint.stride
     centre = attention.column * step * across - 0.5, attention.row * step * down - 0.5
@@ -374,6 +399,6 @@ def _within(centre: float, side: float, pixels: int) -> float:
 
 
 def _mark(axes: Any, pixel: tuple[int, int]) -> None:
-    """A cross at the pixel."""
-    axes.plot(*pixel, "+", color="white", markersize=9, markeredgewidth=3)
-    axes.plot(*pixel, "+", color=_MARK, markersize=8, markeredgewidth=1.4)
+    """A cross at the pixel, whole at the image's edge too."""
+    axes.plot(*pixel, "+", color="white", markersize=9, markeredgewidth=3, clip_on=False)
+    axes.plot(*pixel, "+", color=_MARK, markersize=8, markeredgewidth=1.4, clip_on=False)

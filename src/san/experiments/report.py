@@ -19,6 +19,7 @@ from san.training.folder import replacing
 __all__ = ["as_markdown", "columns", "write"]
 
 _VIEWS = ("0°", "90°", "180°", "270°", "upside-down")
+_LEGENDS = {"rotation": "images turned by", "pgd": "iterations of the untargeted attack"}
 
 
 def columns(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -104,29 +105,59 @@ def write(result: dict[str, Any], folder: Path, command: str) -> list[Path]:
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """Bars of top-1 with their deviations: one a row, or of every view or number of iterations where there are such."""
+    """Top-1 as a dot with its deviation and its value: one a row, or one for every view or number of iterations."""
     rows = [row for row in result["rows"] if row["means"]]
-    shown = {
-        "accuracy": {"top-1": "top1"},
-        "rotation": {view: view for view in _VIEWS},
-        "pgd": {f"after {n} iterations": f"untargeted top1 {n}" for n in range(max(ITERATIONS) + 1)},
-    }[result["measures"]]
+    shown = _shown(result["measures"])
     height = 0.8 / len(shown)
-    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.12 * len(rows) * (2 + len(shown))), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 1.4 + 0.13 * len(rows) * (2 + len(shown))), layout="constrained")
     for number, (label, name) in enumerate(shown.items()):
-        places = [place + (number - (len(shown) - 1) / 2) * height for place in range(len(rows))]
-        values = [row["means"].get(name, 0.0) for row in rows]
-        # No bar where a single seed has no deviation.
-        errors = [row["deviations"].get(name) or float("nan") for row in rows]
-        axes.barh(places, values, height, xerr=errors, label=label, error_kw={"capsize": 2, "linewidth": 0.8})
+        shift = (number - (len(shown) - 1) / 2) * height
+        _dots(axes, {place + shift: row for place, row in enumerate(rows) if name in row["means"]}, name, label)
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
-    if result["measures"] == "accuracy" and rows:
-        lowest = min(row["means"].get("top1", 0.0) - (row["deviations"].get("top1") or 0.0) for row in rows)
-        axes.set_xlim(max(0.0, lowest - 5), 100)
-    axes.set(xlabel="top-1, percent", title=f"{result['title']} on {result['data']}")
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    _fit(axes, [bound for row in rows for name in shown.values() for bound in _bounds(row, name)])
+    over = " ± standard deviation over seeds" if any(row["deviations"].get("top1") is not None for row in rows) else ""
+    axes.set(xlabel=f"top-1, percent{over}", title=f"{result['title']} on {result['data']}")
     if len(shown) > 1:
-        figure.legend(loc="outside lower center", ncols=len(shown))
+        figure.legend(loc="outside lower center", ncols=len(shown), title=_LEGENDS[result["measures"]])
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     pyplot.close(figure)
+
+
+def _shown(measures: str) -> dict[str, str]:
+    """What the chart shows, by its label, under the names that the rows have for it."""
+    if measures == "rotation":
+        return {view: view for view in _VIEWS}
+    if measures == "pgd":
+        return {f"{n}": f"untargeted top1 {n}" for n in range(max(ITERATIONS) + 1)}
+    return {"top-1": "top1"}
+
+
+def _dots(axes: Any, rows: dict[float, dict[str, Any]], name: str, label: str) -> None:
+    """A dot for each row at its height; no error bar where a single seed has no deviation."""
+    values = [row["means"][name] for row in rows.values()]
+    errors = [row["deviations"].get(name) or float("nan") for row in rows.values()]
+    axes.errorbar(values, list(rows), xerr=errors, fmt="o", label=label, markersize=5, capsize=3, linewidth=1.2)
+    for place, row in rows.items():
+        end = _bounds(row, name)[1], place
+        axes.annotate(_spread(row, name), end, (7, 0), textcoords="offset points", va="center", fontsize="small")
+
+
+def _bounds(row: dict[str, Any], name: str) -> tuple[float, ...]:
+    """The ends of an error bar; none without a value."""
+    if name not in row["means"]:
+        return ()
+    deviation = row["deviations"].get(name) or 0.0
+    return row["means"][name] - deviation, row["means"][name] + deviation
+
+
+def _fit(axes: Any, values: list[float]) -> None:
+    """A scale around the values, with room for the numbers; of 10 percent at least, so that trifles look small."""
+    low, high = min(values, default=0.0), max(values, default=100.0)
+    spare = max(10 - (high - low), 0) / 2
+    high = max(high, min(high + spare, 100.0))
+    low = min(low, high - 10)
+    axes.set_xlim(low - 0.05 * (high - low), high + 0.22 * (high - low))
+    axes.set_xticks([tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= min(100, axes.get_xlim()[1])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -69,6 +70,9 @@ def draw_angles(result: dict[str, Any], target: Path) -> list[Path]:
     for row in result["models"]:
         curve = sorted((each["angle"], each["top1"]) for each in row["rotation"]["angles"])
         axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=row["model"])
+    low, high = axes.get_xlim()
+    step = next((each for each in (15, 30, 45) if high - low < 13 * each), 90)
+    axes.xaxis.set_major_locator(ticker.MultipleLocator(step))
     axes.set(xlabel="degrees, clockwise", ylabel="top-1 accuracy in %", ylim=(-2, 102))
     return _saved(figure, [axes], target)
 
@@ -76,9 +80,7 @@ def draw_angles(result: dict[str, Any], target: Path) -> list[Path]:
 def draw_iterations(result: dict[str, Any], target: Path) -> list[Path]:
     """Top-1 and success over iterations, a row of panels for each aim, as target.png and target.svg."""
     aims = result["settings"]["aims"]
-    figure, panels = pyplot.subplots(
-        len(aims), 2, figsize=(11, 4 * len(aims)), layout="constrained", squeeze=False, sharex=True
-    )
+    figure, panels = pyplot.subplots(len(aims), 2, figsize=(11, 4 * len(aims)), layout="constrained", squeeze=False)
     for aim, line in zip(aims, panels, strict=True):
         for axes, quantity, label in zip(line, ("top1", "success"), ("top-1 accuracy", "success"), strict=True):
             for row in result["models"]:
@@ -100,27 +102,33 @@ def draw_attacked(
 ) -> None:
     """Each image, what the attack adds to it (grey: nothing, black and white: ∓ε), and both together, as a PNG.
 
-    Above them stand the true class and those that the model takes them for. Where `attending` tells what the model
-    attends to, a last picture shows what the attack took from it (blue) and gave to it (red), and how much moved.
+    Above them stand the true class and those that the model takes them for; what is added is shown 1/(2ε) times as
+    large, and its title says so. Where `attending` tells what the model attends to, a last picture shows what the
+    attack took from it (blue) and gave to it (red), and how much moved.
     """
     words, rows = class_words(model, short=True), _attacked(PixelModel(model), examples, attack, attending)
     columns = 3 if rows[0][-1] is None else 4
-    size = 3 * columns, 3.2 * len(rows)
+    size, scale = (3 * columns, 3.2 * len(rows)), 1 / (2 * attack.epsilon or 1)
     figure, panels = pyplot.subplots(len(rows), columns, figsize=size, layout="constrained", squeeze=False)
     kind = "targeted" if attack.targeted else "untargeted"
-    figure.suptitle(f"{name}, {kind} attack, {attack.iterations} iterations")
+    figure.suptitle(textwrap.fill(f"{name}, {kind} attack, {attack.iterations} iterations", 10 * int(size[0])))
     for line, (image, attacked, label, before, after, moved) in zip(panels, rows, strict=True):
-        added = (attacked - image) / (2 * attack.epsilon or 1) + 0.5
-        titles = (f"{words[label]}, taken for {words[before]}", "what is added", f"taken for {words[after]}")
-        for axes, picture, title in zip(line, (image, added, attacked), titles, strict=False):
-            axes.imshow(_shown(picture))
-            axes.set_title(title, fontsize="small")
+        _draw_picture(line[0], image, f"{words[label]}, {_taken(words, before, label)}")
+        added = (attacked - image) * scale + 0.5
+        _draw_picture(line[1], added, f"what is added, magnified {scale:.3g}× (grey: 0)")
+        _draw_picture(line[2], attacked, f"attacked, {_taken(words, after, label)}")
         if moved is not None:
             _draw_moved(line[-1], moved)
-        for axes in line:
-            axes.set_axis_off()
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
+
+
+_TITLE = 42
+"""Letters of a small title that fit above a picture of 3 inches."""
+
+
+def _taken(words: Sequence[str], found: int, label: int) -> str:
+    return "recognised" if found == label else f"taken for {words[found]}"
 
 
 def _attacked(
@@ -145,23 +153,37 @@ def _moved(network: PixelModel, before: Tensor, after: Tensor, attending: Attend
     return [None] * len(before)
 
 
+def _draw_picture(axes: Any, picture: Tensor, title: str) -> None:
+    axes.set_axis_off()
+    axes.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy())
+    axes.set_title(textwrap.fill(title, _TITLE), fontsize="small")
+
+
 def _draw_moved(axes: Any, moved: Tensor) -> None:
     most = float(moved.abs().max()) or 1.0
+    axes.set_axis_off()
     axes.imshow(moved.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
     # What one place lost, another gained.
     axes.set_title(f"attention: {50 * float(moved.abs().sum()):.0f} % moved", fontsize="small")
 
 
-def _shown(picture: Tensor) -> Any:
-    return picture.clamp(0, 1).permute(1, 2, 0).numpy()
-
-
 def _saved(figure: Any, panels: list[Any], target: Path) -> list[Path]:
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend()
+    _add_legend(figure, panels[0])
     paths = [target.with_suffix(suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return paths
+
+
+def _add_legend(figure: Any, axes: Any) -> None:
+    """One legend for all panels, below them, in as many columns as the models' names leave room for."""
+    handles, names = axes.get_legend_handles_labels()
+    names = [textwrap.fill(name, 9 * int(figure.get_figwidth())) for name in names]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    columns = max(1, min(len(names), int(11 * figure.get_figwidth()) // (longest + 7)))
+    lines = sum(1 + name.count("\n") for name in names)
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-lines // columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
