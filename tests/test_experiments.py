@@ -268,6 +268,12 @@ def test_mistakes_end_in_a_sentence(
     assert error.count("\n") == 1
 
 
+def test_a_shard_without_work_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["position", "--only", "relative", "--shard", "1/2", "--data", str(images), "--out", str(tmp_path)]
+    assert main(["reproduce", *words]) == 0
+    assert "\nnot complete: what is missing belongs to other shards\n" in capsys.readouterr().out
+
+
 def test_the_list_explains_every_table_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out

@@ -113,12 +113,15 @@ def _list_tables(json: bool) -> None:
 def _show_table(result: dict[str, Any], json: bool) -> None:
     from san.experiments import columns
 
+    failed = [problem for row in result["rows"] for problem in row["failed"]]
     if json:
         print(jsonlib.dumps(result, ensure_ascii=False))
     else:
         print(as_table(columns(result)))
         if result["busy"]:
             print(f"{result['busy']} runs are with other processes; run the command again for the whole table")
+        elif not result["complete"] and not failed:
+            print("not complete: what is missing belongs to other shards")
         print(f"written: {', '.join(result['files'])}")
-    if failed := [problem for row in result["rows"] for problem in row["failed"]]:
+    if failed:
         raise UserError(f"{len(failed)} runs failed, the first because {failed[0]}")
