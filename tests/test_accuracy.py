@@ -76,6 +76,21 @@ def test_counts_by_hand(grey):
     assert rows["3"]["confused_with"] is None
 
 
+def test_no_finite_scores_are_a_wrong_answer(grey):
+    """Whatever the class: sorting takes what is no number for the largest."""
+
+    class Overflowing(GreyLevel):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = super().forward(x)
+            dark = x.mean((1, 2, 3)) < 1.5 * STEP / 255
+            return torch.where(dark[:, None], float("nan"), scores)
+
+    accuracy = evaluate(Overflowing(), ImageFiles(grey(0, 1, 2, 5), labels=[0, 1, 2, 5]), NAMES)
+    assert accuracy.confusion.diagonal().tolist() == [0, 0, 1, 0, 0, 1, 0]
+    assert accuracy.in_top5.tolist() == [0, 0, 1, 0, 0, 1, 0]
+    assert accuracy.images == 4
+
+
 def test_as_dict_is_plain(grey):
     import json
 

@@ -466,6 +466,12 @@ def test_rollout_loses_nothing_where_all_weights_are_zero():
     assert found.sum((1, 2)).tolist() == pytest.approx([1, 1])
 
 
+def test_weights_that_are_no_numbers_have_no_shares():
+    pixel = pixel_attention(_observed("patchwise clique zeros"), (6, 5))
+    pixel.weights.fill_(float("nan"))
+    assert pixel.shares().isnan().all()
+
+
 def test_the_middles_rollout_is_that_of_the_middle_pixel():
     model, images = _network(), torch.randn(2, 3, 16, 12, dtype=torch.float64)
     expected = rollout(observe(model, images), (6, 8))["image"]
@@ -724,6 +730,16 @@ def test_a_class_of_imagenet_goes_by_its_id_and_its_words(run, photo, tmp_path, 
     save_model(model, tmp_path / "things.safetensors")
     code, out, _ = run(tmp_path / "things.safetensors", photo, "--target", name, "--json", "--out", tmp_path)
     assert (code, json.loads(out)["class_name"]) == (0, "goldfish, Carassius auratus")
+
+
+def test_scores_that_overflow_are_told(run, photo, tmp_path):
+    model = san.create_model("san4_patchwise", num_classes=2)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1e30)
+    save_model(model, tmp_path / "wild.safetensors")
+    code, out, err = run(tmp_path / "wild.safetensors", photo, "--json", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "san: error: the network gives the image no finite scores, so there is no class to explain\n"
 
 
 def test_networks_without_attention_get_grad_cam(run, checkpoints, photo, tmp_path):

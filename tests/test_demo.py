@@ -376,7 +376,7 @@ def test_files_of_other_sites_are_refused_and_uploads_do_not_stay(tmp_path, monk
     with served(networks) as (_, address):
         for site in ("cross-site", "same-site"):
             assert _upload(address, **{"Sec-Fetch-Site": site}) == 403
-        for origin in ("https://example.com", "null"):
+        for origin in ("https://example.com", "null", "http://["):
             assert _upload(address, Origin=origin) == 403
         assert _files(tmp_path) == ["network.safetensors"]
         assert _upload(address, Origin=address.rstrip("/"), **{"Sec-Fetch-Site": "same-origin"}) == 200

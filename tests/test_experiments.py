@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,19 @@ def test_a_table_tells_mean_and_deviation_of_its_runs(position: tuple[dict[str, 
     assert "standard deviation over seeds -->" in chart
 
 
-def test_a_chart_is_of_ten_percent_at_least_and_ends_at_a_hundred(
-    position: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("best", "end", "tick"), [(99.6, max, 100), (2.0, min, 0)])
+def test_a_chart_is_of_ten_percent_at_least_and_ends_at_0_and_100(
+    position: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best: float,
+    end: Callable[[Any], float],
+    tick: float,
 ) -> None:
     """Else trifles would look large: the scale of dots need not start at 0."""
     result, drawn = copy.deepcopy(position[0]), []
-    for row, top1 in zip(result["rows"], (99.4, 99.5, 99.6), strict=True):
+    values = best - 0.2, best - 0.1, best
+    for row, top1 in zip(result["rows"], values, strict=True):
         row["means"]["top1"], row["deviations"]["top1"] = top1, None
     monkeypatch.setattr(pyplot, "close", drawn.append)
     write(result, tmp_path, "san reproduce position")
@@ -138,8 +145,8 @@ def test_a_chart_is_of_ten_percent_at_least_and_ends_at_a_hundred(
     for figure in drawn:
         (axes,) = figure.axes
         assert np.ptp(axes.get_xlim()) > 10
-        assert max(axes.get_xticks()) == 100
-        assert [text.get_text() for text in axes.texts] == ["99.40", "99.50", "99.60"]
+        assert end(axes.get_xticks()) == tick
+        assert [text.get_text() for text in axes.texts] == [f"{value:.2f}" for value in values]
 
 
 def test_finished_runs_are_not_trained_again(position: tuple[dict[str, Any], Path], images: Path) -> None:

@@ -655,6 +655,12 @@ def test_angles_are_numbered_at_parts_of_a_right_angle(angles, step, tmp_path, m
     assert set(np.diff(axes.get_xticks())) == {step}
 
 
+def test_curves_of_a_model_whose_name_matplotlib_hides(tmp_path):
+    curve = [{"angle": angle, "top1": 50.0} for angle in (0, 90)]
+    draw_angles({"models": [{"model": "_run", "rotation": {"angles": curve}}]}, tmp_path / "angles")
+    assert (tmp_path / "angles.png").exists()
+
+
 def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     code, out, err = run(*runs, "--angles", "0,45", "--epsilon", "48/255", "--step", 0.05, "--out", tmp_path / "r")
     assert (code, err) == (0, "")

@@ -277,20 +277,38 @@ def test_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint_before(ima
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+class _Overflowing(Classifier):
+    """Its scores overflow in the first epoch's validation, as happens while statistics run after young weights."""
+
+    @property
+    def evaluated(self) -> Any:
+        network, first = super().evaluated, self.trainer.current_epoch == 0
+        return (lambda images: network(images) * float("nan")) if first else network
+
+
 def test_a_validation_without_finite_scores_does_not_end_the_run(images, tmp_path, monkeypatch, capsys):
-    """As happens while statistics run after young weights: one image's scores overflow, training is sound."""
-    judge = journal._judge
-
-    def overflow(trainer: Any, module: Any, batch: Any) -> torch.Tensor:
-        sums = judge(trainer, module, batch)
-        return torch.cat([sums[:1] * float("nan") if trainer.current_epoch == 0 else sums[:1], sums[1:]])
-
-    monkeypatch.setattr(journal, "_judge", overflow)
+    """What gets no finite scores is not recognised, so that such an epoch is not taken for the best."""
+    monkeypatch.setattr("san.training.engine.Classifier", _Overflowing)
     train(**settings(images, epochs=2), out=str(tmp_path / "run"))
-    losses = [float(row["validation_loss"]) for row in rows(tmp_path / "run")]
-    assert losses[0] == math.inf
-    assert math.isfinite(losses[1])
+    first, second = rows(tmp_path / "run")
+    assert [float(first[f"validation_{name}"]) for name in ("loss", "top1", "top5")] == [math.inf, 0, 0]
+    assert math.isfinite(float(second["validation_loss"]))
     assert "some validation images get no finite scores" in capsys.readouterr().out
+
+
+def test_weights_that_are_no_numbers_in_one_process_end_the_run_in_all(images, tmp_path, monkeypatch):
+    """Else the others would wait for it for ever."""
+    agree, asked = journal.agree, []
+
+    def with_another(trainer: Any, *wishes: bool) -> list[bool]:
+        asked.append(wishes)
+        return [True] if wishes == (False,) else agree(trainer, *wishes)
+
+    monkeypatch.setattr("san.training.engine.Classifier", _Overflowing)
+    monkeypatch.setattr(journal, "agree", with_another)
+    with pytest.raises(UserError, match="loss is not a finite number any more"):
+        train(**settings(images), out=str(tmp_path / "run"))
+    assert asked[-1] == (False,)
 
 
 def _parameters(run: Path) -> dict[str, torch.Tensor]:

@@ -146,7 +146,7 @@ def explain(
         progress: Wraps the list of layers, to show how far it is.
 
     Raises:
-        UserError: Unknown layers; a pixel outside; a class that there is not.
+        UserError: Unknown layers; a pixel outside; a class that there is not; scores that are no finite numbers.
     """
     height, width = prepared.shape[2:]
     pixel = (width // 2, height // 2) if pixel is None else pixel
@@ -173,6 +173,8 @@ def _class(model: nn.Module, prepared: Tensor, target: int | None) -> tuple[int,
         raise UserError("the network has no classifier, so there is no class to explain")
     with eval_mode(model):
         probabilities = model(prepared)[0].float().softmax(0)
+    if not probabilities.isfinite().all():
+        raise UserError("the network gives the image no finite scores, so there is no class to explain")
     if target is not None and not 0 <= target < len(words):
         raise UserError(f"there is no class {target}; the network has classes 0 to {len(words) - 1}")
     number = int(probabilities.argmax()) if target is None else target

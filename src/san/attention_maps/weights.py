@@ -186,5 +186,5 @@ def shares(weights: Tensor, rows: Tensor) -> Tensor:
     """
     inside = (rows >= 0).to(weights.dtype)
     size = weights.abs() * inside
-    size = torch.where(size.sum(2, keepdim=True) > 0, size, inside)
+    size = torch.where(size.sum(2, keepdim=True) == 0, inside, size)
     return size / size.sum(2, keepdim=True)

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
 
 # Before gradio is imported, which would otherwise tell its makers that a page was started.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -59,7 +58,7 @@ class _OwnPageOnly:
 def _is_foreign(headers: Headers) -> bool:
     """Whether a request comes from another page than our own."""
     origin = headers.get("origin")
-    is_elsewhere = origin is not None and urlsplit(origin).netloc != headers.get("host")
+    is_elsewhere = origin is not None and origin.partition("://")[2] != headers.get("host")
     return is_elsewhere or headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
 
 

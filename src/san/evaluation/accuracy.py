@@ -127,12 +127,21 @@ def evaluate(
 
 
 def _rank(model: nn.Module, batch: Batch, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [B] in the model's numbers, and its likeliest classes [B, ≤ 5], best first."""
+    """Labels [B] in the model's numbers, and its likeliest classes [B, ≤ 5], best first.
+
+    Without finite scores an image's own class is the last of all.
+    """
     if (batch.labels < 0).any():
         raise UserError("the images have no labels, so there is nothing to compare answers with; use `san predict`")
+    labels = numbers[batch.labels.numpy()]
     with torch.inference_mode():
         scores = model(batch.images.to(next(model.parameters()).device))
-    return numbers[batch.labels.numpy()], scores.topk(min(5, scores.shape[1])).indices.cpu().numpy()
+        # No answer is a wrong one, but `topk` takes what is no number for the largest.
+        lost = ~scores.isfinite().all(1)
+        own = torch.from_numpy(labels).to(scores.device)
+        scores[lost] = 0
+        scores[lost, own[lost]] = -1
+    return labels, scores.topk(min(5, scores.shape[1])).indices.cpu().numpy()
 
 
 @contextmanager

@@ -157,7 +157,8 @@ def _fit(axes: Any, values: list[float]) -> None:
     """A scale around the values, with room for the numbers; of 10 percent at least, so that trifles look small."""
     low, high = min(values, default=0.0), max(values, default=100.0)
     spare = max(10 - (high - low), 0) / 2
-    high = max(high, min(high + spare, 100.0))
+    high = max(high, min(high + spare, 100.0), 10.0)
     low = min(low, high - 10)
     axes.set_xlim(low - 0.05 * (high - low), high + 0.22 * (high - low))
-    axes.set_xticks([tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= min(100, axes.get_xlim()[1])])
+    left, right = axes.get_xlim()
+    axes.set_xticks([tick for tick in axes.get_xticks() if max(0, left) <= tick <= min(100, right)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -195,7 +196,7 @@ class Journal(Callback):
         loss, top1, top5, images = total(trainer, sums)
         if not math.isfinite(loss):
             # Not the end, as in training, where the network is sound: an image's scores may overflow all the same.
-            if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+            if _is_unsound(trainer, module):
                 self._check_loss(trainer, loss)
             loss = math.inf
             self.console.say("san: some validation images get no finite scores, see docs/training.md")
@@ -259,8 +260,21 @@ class Journal(Callback):
         self._saved = time.monotonic()
 
 
+def _is_unsound(trainer: Trainer, module: Classifier) -> bool:
+    """Whether any process has a weight or running average that is no finite number; all get the same answer.
+
+    Each looks at what it holds: under FSDP a part of the weights, and averages of its own where BatchNorm is not
+    synchronised.
+    """
+    held = chain(module.parameters(), module.buffers())
+    return agree(trainer, not all(tensor.isfinite().all() for tensor in held))[0]
+
+
 def _judge(trainer: Trainer, module: Classifier, batch: Batch) -> Tensor:
-    """Sums of loss, right answers, right answers among the first five, and images of one batch: [4]."""
+    """Sums of loss, right answers, right answers among the first five, and images of one batch: [4].
+
+    An image without finite scores has no answer; `topk` alone would take what is no number for the largest.
+    """
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     with whole_parameters(trainer), trainer.precision_plugin.val_step_context(), torch.no_grad():
         if len(batch.labels) == 0:  # every image broken, or none left for this process
@@ -268,13 +282,17 @@ def _judge(trainer: Trainer, module: Classifier, batch: Batch) -> Tensor:
         logits = module.evaluated(module.laid_out(batch.images))
     loss = F.cross_entropy(logits, batch.labels, reduction="sum")
     likeliest = logits.topk(min(5, logits.shape[1])).indices
-    right = likeliest == batch.labels[:, None]
+    right = (likeliest == batch.labels[:, None]) & logits.isfinite().all(1, keepdim=True)
     return torch.stack([loss, right[:, 0].sum(), right.sum(), loss.new_tensor(len(right))]).to(module.sums.dtype)
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     """One line about an epoch."""
-    words = [f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}", f"loss {row['train_loss']:.4f}"]
+    words = [f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}", f"loss {_number(row['train_loss'])}"]
     if row["validation_top1"] is not None:
-        words += [f"validation loss {row['validation_loss']:.4f}", f"top-1 {row['validation_top1']:.2f} %"]
+        words += [f"validation loss {_number(row['validation_loss'])}", f"top-1 {row['validation_top1']:.2f} %"]
     return "  ".join([*words, f"{row['seconds']:.1f} s"])
+
+
+def _number(loss: float) -> str:
+    return f"{loss:.4f}" if loss < 1e4 else f"{loss:.3g}"

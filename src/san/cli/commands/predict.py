@@ -52,7 +52,8 @@ def predict(
             answers = zip(prediction.classes, prediction.probabilities, strict=True)
             print(prediction.image, *(f"{name}: {100 * share:.1f} %" for name, share in answers), sep="\t", flush=True)
     if not judged:
-        raise UserError(f"there is no image in {', '.join(images)}; name image files or folders that hold some")
+        places = ", ".join("standard input" if image == "-" else image for image in images)
+        raise UserError(f"there is no image in {places}; name image files or folders that hold some")
     if broken:
         raise UserError(f"{broken} of {judged} images could not be judged and were skipped; they are named above")
 

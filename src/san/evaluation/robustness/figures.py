@@ -181,6 +181,8 @@ def _saved(figure: Any, panels: list[Any], target: Path) -> list[Path]:
 def _add_legend(figure: Any, axes: Any) -> None:
     """One legend for all panels, below them, in as many columns as the models' names leave room for."""
     handles, names = axes.get_legend_handles_labels()
+    if not names:  # matplotlib's way with names that begin with _
+        return
     names = [textwrap.fill(name, 9 * int(figure.get_figwidth())) for name in names]
     longest = max(len(line) for name in names for line in name.split("\n"))
     columns = max(1, min(len(names), int(11 * figure.get_figwidth()) // (longest + 7)))
