@@ -94,6 +94,13 @@ class Brightness(Hand):
         return torch.stack([-level, level], 1)
 
 
+class Overflowing(Brightness):
+    """Scores of bright images are no numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.mean((1, 2, 3))[:, None] > 0.9, float("nan"), super().forward(x))
+
+
 class BrightSide(Hand):
     """Which half of the image is the brightest."""
 
@@ -113,6 +120,7 @@ def _files(folder: Path, pictures: list[Image.Image], labels: list[int]) -> Imag
 
 
 def _grey(folder: Path, levels: list[int], labels: list[int]) -> ImageFiles:
+    folder.mkdir(exist_ok=True)
     return _files(folder, [Image.new("RGB", (8, 8), (level,) * 3) for level in levels], labels)
 
 
@@ -307,6 +315,24 @@ def test_nothing_right_leaves_no_success(tmp_path):
     examples = LabelledImages(_grey(tmp_path, [0], [1]), ["dark", "bright"])
     rows = attack_accuracy(Brightness(), examples, Attack(iterations=1))["rows"]
     assert [(row["success"], row["top1"]) for row in rows] == [(None, 0.0)] * 2
+
+
+def test_images_whose_scores_overflow_are_wrong_and_do_not_spoil_the_mean_loss(tmp_path):
+    alone, bright, both = (
+        LabelledImages(_grey(tmp_path / str(number), levels, [0] * len(levels)), ["dark", "bright"])
+        for number, levels in enumerate(([100], [255], [100, 255]))
+    )
+    attack = Attack(epsilon=0.06, step=0.02, iterations=2)
+    rows = attack_accuracy(Overflowing(), both, attack)["rows"]
+    expected = [row["loss"] for row in attack_accuracy(Brightness(), alone, attack)["rows"]]
+    assert [row["loss"] for row in rows] == pytest.approx(expected)
+    assert [row["top1"] for row in rows] == [50.0] * 3
+    assert {row["top1"] for row in rotation_accuracy(Overflowing(), both)["views"]} == {50.0}
+    assert [row["loss"] for row in attack_accuracy(Overflowing(), bright, attack)["rows"]] == [None] * 3
+    (loss, _) = gradient_checks({"overflowing": Overflowing()}, bright, attack)
+    assert (loss["holds"], loss["sentence"]) == (None, "no image has a finite loss")
+    draw_attacked("overflowing", Overflowing(), bright, attack, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size
 
 
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
@@ -691,6 +717,16 @@ def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     for row in result["models"]:
         assert f"{row['attacks']['untargeted']['rows'][4]['success']:.2f}" in page
         assert row["rotation"]["views"][0]["top1"] == row["attacks"]["targeted"]["top1"] == 100.0
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_numbers(run, runs, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("no room for pictures")
+
+    monkeypatch.setattr("san.evaluation.robustness.figures.write_images", fail)
+    words = ("--limit", 2, "--no-checks", "--no-rotation", "--out", tmp_path)
+    assert run(runs[0], *words)[::2] == (2, "san: error: no room for pictures\n")
+    assert json.loads((tmp_path / "robustness.json").read_text())["images"] == 2
 
 
 def test_command_prints_json_of_some_images(run, runs, images):

@@ -150,9 +150,11 @@ def _robustness_writer(
     path = make_folder(folder)
 
     def write(result: dict[str, Any]) -> list[Path]:
-        images = []
-        if settings.aims and figures:
-            images = write_images(models, examples, settings.attack(settings.aims[0]), path, figures, middle_rollout)
+        written = write_results(result, path)
+        if not (settings.aims and figures):
+            return written
+        # Numbers first, which took long: what goes wrong with a picture should not cost them.
+        images = write_images(models, examples, settings.attack(settings.aims[0]), path, figures, middle_rollout)
         return write_results(result, path, images)
 
     return write

@@ -244,25 +244,28 @@ def attack_accuracy(model: nn.Module, examples: LabelledImages, attack: Attack |
 
     Returns:
         `images`, `top1` without attack, and `rows` of `iterations`, `success` (None where there was nothing to
-        attack), `top1` and `loss`, the mean cross-entropy with the true class or the target.
+        attack), `top1` and `loss`, the mean cross-entropy with the true class or the target over the images whose
+        loss is a finite number after every number of iterations (None if there are none: scores may overflow).
 
     Raises:
         UserError: As `LabelledImages.batches`.
     """
     attack, network = attack or Attack(), PixelModel(model)
-    # Columns: reached, right, loss.
-    sums = torch.zeros(attack.iterations + 1, 3, dtype=torch.float64)
+    # Columns: reached, right, loss, images that have one.
+    sums = torch.zeros(attack.iterations + 1, 4, dtype=torch.float64)
     images = right = attacked = 0
     for batch in examples.batches(network, "targeted attack" if attack.targeted else "untargeted attack"):
         is_right = network.classes(batch.images) == batch.labels
         found = attack_images(network, batch.images, batch.labels, attack, batch.indices.tolist())
         worth = torch.ones_like(is_right) if attack.targeted else is_right
-        parts = (found.reached & worth, found.predicted == batch.labels, found.losses)
+        finite = found.losses.isfinite().all(0).expand_as(found.losses)
+        losses = found.losses.where(finite, 0)
+        parts = (found.reached & worth, found.predicted == batch.labels, losses, finite)
         sums += torch.stack([part.cpu().double().sum(1) for part in parts], 1)
         images, right, attacked = images + len(is_right), right + int(is_right.sum()), attacked + int(worth.sum())
     rows = [
-        {"success": percent(reached, attacked), "top1": percent(still, images), "loss": loss / images}
-        for reached, still, loss in sums.tolist()
+        {"success": percent(reached, attacked), "top1": percent(still, images), "loss": loss / known if known else None}
+        for reached, still, loss, known in sums.tolist()
     ]
     return {
         "images": images,

@@ -55,11 +55,14 @@ def gradient_checks(
 
 def _loss(name: str, model: nn.Module, examples: LabelledImages, attack: Attack) -> dict[str, Any]:
     losses = [row["loss"] for row in attack_accuracy(model, examples, attack)["rows"]]
+    result = {"check": "loss", "model": name, "losses": losses}
+    if None in losses:
+        return {**result, "holds": None, "sentence": "no image has a finite loss"}
     grows = losses[-1] > losses[0] and all(later >= (1 - DIP) * earlier for earlier, later in pairwise(losses))
     # Nothing can grow where no pixel may change.
     holds = grows if attack.epsilon * attack.step else None
     sentence = f"loss from {losses[0]:.3g} to {losses[-1]:.3g} in {attack.iterations} iterations"
-    return {"check": "loss", "model": name, "holds": holds, "sentence": sentence, "losses": losses}
+    return {**result, "holds": holds, "sentence": sentence}
 
 
 def _large_epsilon(name: str, model: nn.Module, examples: LabelledImages) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Attending: TypeAlias = Callable[[nn.Module, Tensor], Tensor | None]
 """From a network and normalised images [B, 3, H, W] to what it attends to, [B, H, W] with sum 1; None if nothing."""
 
 
-def write_results(result: dict[str, Any], folder: Path, images: list[Path]) -> list[Path]:
+def write_results(result: dict[str, Any], folder: Path, images: Sequence[Path] = ()) -> list[Path]:
     """Write robustness.json, robustness.md, and as PNG and SVG the curves that were measured; gives their paths.
 
     `images` are what `write_images` wrote to the same folder; the page shows them.
@@ -128,6 +128,8 @@ _TITLE = 42
 
 
 def _taken(words: Sequence[str], found: int, label: int) -> str:
+    if found < 0:
+        return "no finite scores"
     return "recognised" if found == label else f"taken for {words[found]}"
 
 

@@ -56,7 +56,7 @@ class PixelModel(nn.Module):
         return self.network(self.normalise(pixels))
 
     def classes(self, pixels: Tensor) -> Tensor:
-        """Likeliest classes of pixels in [0, 1], in eval mode: int64 [B]."""
+        """Likeliest classes of pixels in [0, 1], in eval mode: int64 [B], as `best_classes`."""
         with eval_mode(self), torch.inference_mode():
             return best_classes(self(pixels))[:, 0]
 
@@ -149,8 +149,9 @@ def spread(images: ImageSet, count: int) -> ImageSet:
 
 
 def best_classes(logits: Tensor) -> Tensor:
-    """The likeliest classes [B, ≤ 5], best first."""
-    return logits.topk(min(5, logits.shape[1])).indices
+    """The likeliest classes [B, ≤ 5], best first; −1, which is no class, for images without finite scores."""
+    # `topk` takes what is no number for the largest.
+    return logits.topk(min(5, logits.shape[1])).indices.where(logits.isfinite().all(1, keepdim=True), -1)
 
 
 def percent(part: float, whole: float) -> float | None:
