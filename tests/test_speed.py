@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import roofline
 from torch import nn
 
 import san
 from san.cli import main
 from san.errors import UserError
+from san.evaluation.cost import complexity
 from san.evaluation.speed import Settings, measure, networks
 from san.evaluation.speed.attention import AttentionOperator, attention_operators
 from san.evaluation.speed.clock import ratios, spread, take_turns
@@ -22,6 +24,7 @@ from san.evaluation.speed.machine import describe_machine
 from san.evaluation.speed.memory import held_bytes, kept, peak_bytes, saved_bytes
 from san.evaluation.speed.operators import measure_operators, measure_sweep
 from san.evaluation.speed.tables import as_markdown, tables
+from san.ops.kernels.native import library
 
 EAGER = Variant(channels_last=False, compiled=False, autocast=False)
 QUICK = Settings(("san4_patchwise",), batches=(2,), resolutions=(32,), rounds=2, compile=False, peak=False)
@@ -298,3 +301,29 @@ def test_results_need_a_folder_and_matplotlib(tmp_path, capsys, monkeypatch):
     assert main(["benchmark", *WORDS, "--out", str(tmp_path / "new")]) == 2
     assert "needs the package matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+# The roofline, benchmarks/roofline.py
+
+
+def test_a_network_falls_into_parts_of_all_its_multiply_adds():
+    """All but the classifier's, 1000 rows of what the last stage gives, and the position map's two by two."""
+    for form, channels in (("pairwise", 2048), ("patchwise", 2048)):
+        model = san.create_model(f"san10_{form}")
+        found = roofline.parts(model, 64)
+        counted = sum(part.multiply_adds for part in found) + 1000 * channels
+        position = sum(4 * size**2 * blocks for size, blocks in ((32, 2), (16, 1), (8, 2), (4, 4), (2, 1)))
+        assert counted + (position if form == "pairwise" else 0) == complexity(model, 64)["macs"]
+        # The 64-channel map of the first block's input of 32×32, read for φ, ψ and β and written as R = 4, 4 and 16.
+        assert found[1].name == "φ, ψ, β"
+        assert (found[1].map_bytes, found[1].weight_bytes) == (4 * (64 + 24) * 32**2, 4 * 64 * 24)
+
+
+@pytest.mark.skipif(library.load() is None, reason="the native library is not installed")
+@pytest.mark.parametrize("form", ["pairwise", "patchwise"])
+def test_every_part_of_a_network_has_its_kernels(form, monkeypatch):
+    monkeypatch.setattr(roofline, "peaks", lambda: (100.0, 1e10))
+    found = roofline.measure(f"san4_{form}", 2, 32, 1)
+    assert [row["part"] for row in found["rows"]][:4] == ["pooling, product", "φ, ψ, β", "attention", "last product"]
+    assert all(row["seconds"] > 0 and row["roof_seconds"] > 0 for row in found["rows"])
+    assert len(roofline.table(found)) == len(found["rows"]) + 1

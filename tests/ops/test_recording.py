@@ -40,6 +40,18 @@ def test_repeated_calls_give_what_the_calls_gave():
         assert torch.equal(output, expected)
 
 
+def test_calls_one_by_one_give_what_all_give():
+    shapes = [2, 3, 5, 7], [2, 4, 5, 7]
+    recording = record(run, *shapes)
+    x, expected, output = torch.randn(shapes[0]), torch.empty(shapes[1]), torch.full(shapes[1], torch.nan)
+    run(x, expected)
+    room = torch.empty(recording.bytes, dtype=torch.uint8)
+    for _, single in recording.apart():
+        single.repeat(room.data_ptr(), x.data_ptr(), output.data_ptr())
+    assert [kernel for kernel, _ in recording.apart()] == ["fold", "pointwise_forward", "pointwise_forward"]
+    assert torch.equal(output, expected)
+
+
 def test_nothing_is_computed_while_recording():
     before = LINEAR.weight.clone()
     record(run, [1, 3, 2, 2], [1, 4, 2, 2])

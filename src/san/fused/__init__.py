@@ -27,6 +27,7 @@ from san.fused.parts import NORMS, State, is_heard, look, register_block, regist
 from san.fused.recordings import Recordings
 from san.ops.dispatch import forced_backend
 from san.ops.kernels.native import library, operators
+from san.ops.kernels.native.recording import Recording
 from san.ops.kernels.pointwise.native import MAX_STEM_CHANNELS, Linear, Norm, fold, products
 from san.ops.kernels.pointwise_training import native, portable, portable_stem
 from san.ops.normalization import BatchNorm
@@ -39,6 +40,7 @@ __all__ = [
     "lone_norms",
     "norm_pool_linear",
     "on_own_map",
+    "recordings_of",
     "register_block",
     "stages_without_gradients",
     "stem",
@@ -250,6 +252,11 @@ def stages_without_gradients(
 # the C library keeps the memory from one call to the next.
 _ROOM = 7 << 20
 _networks: WeakKeyDictionary[nn.Module, Recordings] = WeakKeyDictionary()
+
+
+def recordings_of(root: nn.Module) -> dict[tuple[int, ...], Recording]:
+    """The runs of kernels that stand for a network without gradients, by the shapes of the images that they take."""
+    return _networks[root].of_shapes() if root in _networks else {}
 
 
 def _chains(before: Any, stage: Stage) -> bool:

@@ -34,6 +34,10 @@ class Recordings:
         room = x.new_empty(recording.bytes, dtype=torch.uint8)
         recording.repeat(room.data_ptr(), x.data_ptr(), output.data_ptr())
 
+    def of_shapes(self) -> dict[tuple[int, ...], Recording]:
+        """The recordings by the shapes of their input maps."""
+        return {key[:-1]: recording for key, (_, recording) in self._found.items()}
+
     def _get(self, held: list[Any], key: tuple[int, ...], record: Callable[[], Recording]) -> Recording:
         before, found = self._found.pop(key, (None, None))
         if found is None or before != held:

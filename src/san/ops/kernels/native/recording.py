@@ -103,6 +103,16 @@ class Recording:
         self._tables = [array("q", table) for table in (steps, arguments, moved)]
         return self
 
+    def apart(self) -> list[tuple[str, Recording]]:
+        """Every call's kernel, and the call as a recording of its own on the same memories, to be timed alone."""
+        single = []
+        for kernel, arguments in self._calls:
+            one = Recording()
+            one.call(kernel, *arguments)
+            one.bytes = self.bytes
+            single.append((kernel, one.finish()))
+        return single
+
     def repeat(self, *memories: int) -> None:
         """Run the calls on memories at these addresses: the room, then those of the places given to `record`.
 
