@@ -57,15 +57,15 @@ int forward(const Arguments &a) {
     plan.frame.prepare();
     const Footprint &f = plan.frame.f;
     Aggregation aggregation{f, plan.frame.offset, plan.value, a.channels, a.groups};
+    Tasks tiles(f.tiles(), plan.frame.threads);
 #pragma omp parallel num_threads(plan.frame.threads)
     {
         plan.frame.fill(a.value, a.channels, plan.value);
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t t = 0; t < f.tiles(); t++) {
+        tiles.each([&](int64_t t) {
             Tile tile(f, t);
             plan.load_weights(tile, plan.panel());
             SAN_BY_SEGMENTS(tile, aggregation.forward, tile, plan.panel(), a.output);
-        }
+        });
     }
     return DONE;
 }
@@ -95,16 +95,17 @@ int backward(const Arguments &a) {
     plan.frame.prepare();
     const Footprint &f = plan.frame.f;
     Aggregation aggregation{f, plan.frame.offset, plan.value, a.channels, a.groups};
+    Tasks slices(plan.slices, plan.frame.threads);
 #pragma omp parallel num_threads(plan.frame.threads)
     {
         plan.frame.fill(a.value, a.channels, plan.value);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t s = 0; s < plan.slices; s++) {
+        slices.each([&](int64_t s) {
             Slice slice(f, s, plan.slices);
             for (int64_t c = 0; c < a.channels; c++) plan.sums[s].clear(slice, c);
             for (int64_t t = slice.tile; t < slice.tile_stop; t++)
                 tile_backward(plan, aggregation, t, slice, plan.sums[s].start);
-        }
+        });
+#pragma omp barrier
         collect(plan.frame, plan.sums, plan.slices, a.channels, a.value_gradient);
     }
     return DONE;

@@ -1,8 +1,8 @@
 // What a kernel that is called on maps starts from: the geometry as Python gives it, and how backward is cut into work.
 #pragma once
 
-#include "entry.h"
 #include "footprint.h"
+#include "tasks.h"
 
 namespace {
 
@@ -40,7 +40,8 @@ struct Frame {
         return space.take<float>(f.bordered_size(channels)) + LANES;
     }
 
-    // Copies a map [B][channels][height][width] into its borders, a plane at a time; all threads of a team call it.
+    // Copies a map [B][channels][height][width] into its borders, a plane at a time; all threads of a team call it. A
+    // channel's images lie side by side, so one thread takes all of them: two would write to the same cache line.
     void fill(const float *map, int64_t channels, float *bordered) const {
         int64_t size = f.height * f.width, bordered_size = f.bordered_height * f.bordered_width;
 #pragma omp for schedule(dynamic, 8)
@@ -62,8 +63,8 @@ struct Cut {
     }
 
     int64_t items() const { return parts * slices; }
-    int64_t part(int64_t item) const { return item / slices; }
-    int64_t slice(int64_t item) const { return item % slices; }
+    int64_t part(int64_t item) const { return item % parts; }
+    int64_t slice(int64_t item) const { return item / parts; }
 };
 
 // Where part `index` of `parts` equal ones of `count` starts.

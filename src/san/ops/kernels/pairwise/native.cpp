@@ -100,7 +100,7 @@ struct Problem {
     // Fills the bordered maps, a plane at a time; all threads of a team call it.
     void fill() const {
         int64_t size = f.height * f.width;
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(static)
         for (int64_t each = 0; each < channels() * f.batch; each++) {
             int64_t image = each / channels(), c = each % channels();
             const float *from;
@@ -481,17 +481,17 @@ int forward(const Arguments &a) {
     if (!block.start) return OUT_OF_MEMORY;
     plan.start(block.start);
     const Problem &p = plan.problem;
+    Tasks tiles(p.f.tiles(), plan.threads);
 #pragma omp parallel num_threads(plan.threads)
     {
         Worker worker(p, false);
         Workspace space(plan.thread_start(block.start, thread_number()));
         worker.lay_out(space, false);
         p.fill();
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t t = 0; t < p.f.tiles(); t++) {
+        tiles.each([&](int64_t t) {
             Tile tile(p.f, t);
             SAN_BY_SEGMENTS(tile, worker.forward, tile);
-        }
+        });
     }
     return DONE;
 }
@@ -504,7 +504,7 @@ void add(float *to, const float *from, int64_t count) {
 void merge(const Problem &p, const Sums *sums, int64_t slices) {
     const Arguments &a = p.a;
     int64_t size = p.f.height * p.f.width;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(static)
     for (int64_t each = 0; each < p.channels() * p.f.batch; each++) {
         int64_t image = each / p.channels(), c = each % p.channels();
         float *to;
@@ -539,14 +539,14 @@ int backward_of(const Arguments &a, bool of_moments) {
     plan.start(block.start);
     const Problem &p = plan.problem;
     Sums *sums = reinterpret_cast<Sums *>(plan.slice_start(block.start, plan.slices));
+    Tasks slices(plan.slices, plan.threads);
 #pragma omp parallel num_threads(plan.threads)
     {
         Worker worker(p, true);
         Workspace space(plan.thread_start(block.start, thread_number()));
         worker.lay_out(space, true);
         p.fill();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t s = 0; s < plan.slices; s++) {
+        slices.each([&](int64_t s) {
             Sums part(p, s, plan.slices);
             memset(plan.slice_start(block.start, s), 0, plan.per_slice);
             Workspace room(plan.slice_start(block.start, s));
@@ -556,7 +556,8 @@ int backward_of(const Arguments &a, bool of_moments) {
                 SAN_BY_SEGMENTS(tile, step, worker, tile, part, of_moments);
             }
             sums[s] = part;
-        }
+        });
+#pragma omp barrier
         merge(p, sums, plan.slices);
     }
     return DONE;
@@ -662,14 +663,14 @@ int moments(const Arguments &a) {
     char *room = plan.thread_start(block.start, plan.threads);
     Statistics *found = reinterpret_cast<Statistics *>(room + plan.slices * one.used());
     memset(room, 0, plan.slices * one.used());
+    Tasks slices(plan.slices, plan.threads);
 #pragma omp parallel num_threads(plan.threads)
     {
         Worker worker(p, true);
         Workspace space(plan.thread_start(block.start, thread_number()));
         worker.lay_out(space, false);
         p.fill();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t s = 0; s < plan.slices; s++) {
+        slices.each([&](int64_t s) {
             Slice slice(p.f, s, plan.slices);
             Statistics part;
             Workspace own(room + s * one.used());
@@ -680,7 +681,7 @@ int moments(const Arguments &a) {
             }
             if (square) conclude_products(part, width);
             found[s] = part;
-        }
+        });
     }
     for (int64_t s = 1; s < plan.slices; s++) unite(found[0], found[s], width, square);
     memcpy(a.mean, found[0].mean, width * sizeof(double));

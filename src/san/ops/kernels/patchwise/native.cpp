@@ -214,11 +214,11 @@ struct HiddenForward {
 
     void run() const {
         int64_t chunks = Chunk::number(frame.f.tiles(), GROUP);
+        Tasks tasks(chunks, frame.threads);
 #pragma omp parallel num_threads(frame.threads)
         {
             frame.fill(a.key, a.key_channels, key);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < chunks; i++) forward(Chunk(0, frame.f.tiles(), i, chunks));
+            tasks.each([&](int64_t i) { forward(Chunk(0, frame.f.tiles(), i, chunks)); });
         }
     }
 
@@ -297,11 +297,12 @@ struct HiddenBackward {
     }
 
     void run() const {
+        Tasks items(cut.items(), frame.threads);
 #pragma omp parallel num_threads(frame.threads)
         {
             frame.fill(a.key, a.key_channels, key);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < cut.items(); i++) backward(cut.part(i), cut.slice(i));
+            items.each([&](int64_t i) { backward(cut.part(i), cut.slice(i)); });
+#pragma omp barrier
             Scatter keys[MAX_SLICES];
             for (int64_t s = 0; s < cut.slices; s++) keys[s] = sums[s].key;
             collect(frame, keys, cut.slices, a.key_channels, a.key_gradient);
@@ -461,11 +462,11 @@ struct OutputForward : Output {
 
     void run() const {
         int64_t chunks = Chunk::number(frame.f.tiles(), GROUP);
+        Tasks tasks(chunks, frame.threads);
 #pragma omp parallel num_threads(frame.threads)
         {
             frame.fill(a.value, a.channels, value);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < chunks; i++) forward(Chunk(0, frame.f.tiles(), i, chunks));
+            tasks.each([&](int64_t i) { forward(Chunk(0, frame.f.tiles(), i, chunks)); });
         }
     }
 
@@ -542,11 +543,12 @@ struct OutputBackward : Output {
     }
 
     void run() const {
+        Tasks items(cut.items(), frame.threads);
 #pragma omp parallel num_threads(frame.threads)
         {
             frame.fill(a.value, a.channels, value);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < cut.items(); i++) backward(cut.part(i), cut.slice(i));
+            items.each([&](int64_t i) { backward(cut.part(i), cut.slice(i)); });
+#pragma omp barrier
             Scatter values[MAX_SLICES];
             for (int64_t s = 0; s < cut.slices; s++) values[s] = sums[s].value;
             collect(frame, values, cut.slices, a.channels, a.value_gradient);

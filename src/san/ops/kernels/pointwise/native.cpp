@@ -4,9 +4,9 @@
 // A group of columns (pixels, of the whole batch) is normalised, rectified and pooled into a panel in the core's cache,
 // then multiplied by a chunk of the weight's rows. Maps are [batch][channels][height][width].
 
-#include "../native/entry.h"
 #include "../native/pointwise.h"
 #include "../native/product.h"
+#include "../native/tasks.h"
 
 namespace {
 
@@ -230,19 +230,19 @@ int forward(const Arguments &a) {
     sizes.take<float>(rows * stride);
     Block block(threads * sizes.used());
     if (!block.start) return OUT_OF_MEMORY;
+    Tasks tasks(groups * chunks, threads);
 #pragma omp parallel num_threads(threads)
     {
         Workspace space(static_cast<char *>(block.start) + thread_number() * sizes.used());
         float *panel = space.take<float>(a.channels * stride + LANES), *room = space.take<float>(rows * stride);
         int64_t filled = -1;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < groups * chunks; task++) {
+        tasks.each([&](int64_t task) {
             Group group(f, task / chunks, most);
             if (filled != task / chunks) fill(a, f, group, panel, stride);
             filled = task / chunks;
             int64_t row = task % chunks * rows;
             multiply_all(a, f, group, panel, row, smaller(given, row + rows), stride, room);
-        }
+        });
     }
     return DONE;
 }

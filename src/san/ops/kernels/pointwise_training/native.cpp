@@ -7,7 +7,6 @@
 // with channels in lanes, times the outputs' gradients where they lie. Work is cut by the problem alone and summed in
 // its order, so that the number of threads changes no bit. Maps are [batch][channels][height][width].
 
-#include "../native/entry.h"
 #include "../native/frame.h"
 #include "../native/pointwise.h"
 #include "../native/product.h"
@@ -496,6 +495,7 @@ int input_gradient(const Arguments &a, const Footprint &f) {
     Workspace space(block.start);
     float *weight = space.take<float>(a.channels * cut.weight_stride);
     double *totals = space.take<double>(cut.slices * cut.totals(a.channels));
+    Tasks tasks(cut.slices * cut.chunks, threads);
 #pragma omp parallel num_threads(threads)
     {
         Workspace room(static_cast<char *>(block.start) + sizes.used() + thread_number() * own.used());
@@ -504,11 +504,10 @@ int input_gradient(const Arguments &a, const Footprint &f) {
         work.weight = weight;
         if (a.wants_input()) transpose_weights(a, weight, cut.weight_stride);
         clear_rest(a);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < cut.slices * cut.chunks; task++) {
+        tasks.each([&](int64_t task) {
             int64_t slice = task / cut.chunks;
             work.task(slice, task % cut.chunks, totals + slice * cut.totals(a.channels));
-        }
+        });
     }
     give_totals(a, cut, totals);
     return DONE;
