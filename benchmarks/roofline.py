@@ -3,20 +3,22 @@
     python benchmarks/roofline.py [san10_pairwise …] [--batch 4] [--image-size 224] [--rounds 15] [--json roofline.json]
 
 The kernels that stand for a network are run one by one, in their order, so that each finds the caches as the one before
-leaves them. **Operations** are the multiply-adds of products and of aggregation, nothing else; **bytes** what any form
-of the part moves at least: maps read and written once, weights read once. The **roof** is the longer of the two times
-at the machine's rates (a product of two 2048×2048 matrices, a copy of 256 MiB, measured before and after); no float32
-implementation without another algorithm stays below it. Ratios are against ResNet26 in its fastest form, interleaved.
-Legend: B images of a batch, C channels, R relation width, H W map.
+leaves them. The last BatchNorm, pooling and the classifier are no part of the table. **Operations** are the
+multiply-adds of products and of aggregation, nothing else; **bytes** what any form of the part moves at least: maps
+read and written once, weights read once. The **roof** is the longer of the two times at the machine's rates (a product
+of two 2048×2048 matrices, a copy of 256 MiB, measured before and after); a part whose maps are still in a cache may
+stay below. Ratios are against ResNet26 in its fastest form, interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -33,13 +35,12 @@ from san.evaluation.speed.machine import describe_machine, describe_versions
 from san.evaluation.speed.networks import WHOLE, measure_networks
 from san.evaluation.speed.operators import peaks
 from san.evaluation.speed.settings import Settings
-from san.layers import PatchwiseAttention
-from san.ops.kernels.native.recording import Recording
 
 __all__ = ["Part", "kernel_times", "measure", "parts"]
 
 NETWORKS = ("san10_pairwise", "san10_patchwise")
 SUMS = ("multiply_adds", "bytes", "seconds", "roof_seconds")
+ATTENTION, PRODUCT = "attention", "pointwise_forward"
 BESIDE = ("fold", "position_map")
 """Kernels that prepare weights and positions: no part of a stage."""
 
@@ -53,7 +54,6 @@ class Part:
     multiply_adds: int
     map_bytes: int
     weight_bytes: int
-    kernels: int = 1
 
     def roof(self, batch: int, peak: float, copy: float) -> float:
         """Seconds of a batch at `peak` multiply-adds and `copy` bytes per second."""
@@ -81,8 +81,7 @@ def _block(stage: int, block: Any, operator: AttentionOperator, size: int) -> It
     yield _product(stage, "φ, ψ, β", transformations, size, (block.bn1.num_features * size**2, 0))
     weights = sum(part.weight.nbytes for part in list(block.sam.conv_w)[2::3])
     least = operator.least_bytes(1, torch.float32)
-    kernels = 2 if isinstance(block.sam, PatchwiseAttention) else 1
-    yield Part(stage, "attention", operator.operations(1) // 2, least, weights, kernels)
+    yield Part(stage, ATTENTION, operator.operations(1) // 2, least, weights)
     # Beside the map it reads what it adds to.
     yield _product(stage, "last product", [convolution], size, (convolution.in_channels * size**2, 1))
 
@@ -95,25 +94,38 @@ def _product(stage: int, name: str, convolutions: list[nn.Conv2d], size: int, re
 
 
 def kernel_times(model: nn.Module, images: Tensor, rounds: int) -> list[tuple[str, float]]:
-    """Every kernel of the network in its order, and its seconds for the whole batch, the median of the rounds.
-
-    The network must take its batch in equal shares.
-    """
+    """Every kernel of the network in its order, and its seconds for the whole batch, the median of the rounds."""
     with torch.inference_mode():
-        like = model.forward_features(images)  # type: ignore[operator]
-        ((shape, recording),) = fused.recordings_of(model).items()
-    room, output = torch.empty(recording.bytes, dtype=torch.uint8), torch.empty_like(like)
-    shares, single = images.split(shape[0]), recording.apart()
-    found = [
-        [sum(each) for each in zip(*(_times(single, room, share, output) for share in shares), strict=True)]
-        for _ in range(rounds)
-    ]
-    return [(kernel, median(times)) for (kernel, _), *times in zip(single, *found, strict=True)]
+        output = torch.empty_like(model.forward_features(images))  # type: ignore[operator]
+    recordings = {shape[0]: recording for shape, recording in fused.recordings_of(model).items()}
+    shares = images.split(max(recordings))
+    room = torch.empty(max(recording.bytes for recording in recordings.values()), dtype=torch.uint8)
+    single = {size: recording.apart() for size, recording in recordings.items()}
+
+    def times() -> list[float]:
+        found = [
+            [seconds(partial(one.repeat, room.data_ptr(), share.data_ptr(), output.data_ptr())) for _, one in each]
+            for share, each in ((share, single[len(share)]) for share in shares)
+        ]
+        return [sum(values) for values in zip(*found, strict=True)]
+
+    kernels = [kernel for kernel, _ in single[max(single)]]
+    return list(zip(kernels, map(median, zip(*(times() for _ in range(rounds)), strict=True)), strict=True))
 
 
-def _times(single: list[tuple[str, Recording]], *memories: Tensor) -> list[float]:
-    addresses = [memory.data_ptr() for memory in memories]
-    return [seconds(lambda one=one: one.repeat(*addresses)) for _, one in single]
+def _shared_out(times: list[tuple[str, float]], found: list[Part]) -> Iterator[float]:
+    """Seconds of every part: attention has all kernels up to the next product, every other part one product."""
+    counted = deque((kernel, value) for kernel, value in times if kernel not in BESIDE)
+    for part in found:
+        if part.name != ATTENTION:
+            yield counted.popleft()[1]
+            continue
+        total = 0.0
+        while counted[0][0] != PRODUCT:
+            total += counted.popleft()[1]
+        yield total
+    if counted:
+        raise RuntimeError(f"{len(counted)} kernels belong to no part of the network: {', '.join(dict(counted))}")
 
 
 def measure(name: str, batch: int, image_size: int, rounds: int) -> dict[str, Any]:
@@ -123,21 +135,21 @@ def measure(name: str, batch: int, image_size: int, rounds: int) -> dict[str, An
     times = kernel_times(model, torch.randn(batch, 3, image_size, image_size), rounds)
     peak, copy = (mean(pair) for pair in zip(before, peaks(), strict=True))
     peak *= 1e9 / 2
-    counted = iter(value for kernel, value in times if kernel not in BESIDE)
+    found = parts(model, image_size)
     rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for part in parts(model, image_size):
+    for part, value in zip(found, _shared_out(times, found), strict=True):
         row = rows.setdefault((part.stage, part.name), dict.fromkeys(SUMS, 0.0))
         row["multiply_adds"] += batch * part.multiply_adds
         row["bytes"] += batch * part.map_bytes + part.weight_bytes
-        row["seconds"] += sum(next(counted) for _ in range(part.kernels))
+        row["seconds"] += value
         row["roof_seconds"] += part.roof(batch, peak, copy)
-    found = [{"stage": stage, "part": part, **row} for (stage, part), row in rows.items()]
+    listed = [{"stage": stage, "part": part, **row} for (stage, part), row in rows.items()]
     return {
         "network": name,
         "multiply_adds_per_second": peak,
         "copy_bytes_per_second": copy,
-        "rows": found,
-        "all": {key: sum(row[key] for row in found) for key in SUMS},
+        "rows": listed,
+        "all": {key: sum(row[key] for row in listed) for key in SUMS},
         "beside": sum(value for kernel, value in times if kernel in BESIDE),
     }
 
@@ -170,14 +182,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    settings = Settings(
-        tuple(given.networks), batches=(given.batch,), resolutions=(given.image_size,), modes=("inference",)
-    )
-    whole = [row for row in measure_networks(settings, lambda text: None, []) if row["part"] == WHOLE]
+    asked: Any = {"batches": (given.batch,), "resolutions": (given.image_size,), "modes": ("inference",)}
+    notes: list[str] = []
+    rows = measure_networks(Settings(tuple(given.networks), **asked, peak=False), lambda text: None, notes)
+    whole = [row for row in rows if row["part"] == WHOLE]
     found = [measure(name, given.batch, given.image_size, given.rounds) for name in given.networks]
     for row in whole:
         each = row["ms_per_image"]["median"] * given.batch
         print(f"{row['network']}: {each:.1f} ms a batch, {row['ratio']['median']:.2f} of {whole[0]['network']}")
+    print(*notes, sep="\n")
     for result in found:
         print(f"\n{result['network']}, batch {given.batch}, {given.image_size} px\n{as_table(table(result))}")
     if given.json:

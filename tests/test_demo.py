@@ -24,6 +24,7 @@ import san
 from plain_san import randomised
 from san.checkpoints import save_model
 from san.cli import main
+from san.demo import answers
 from san.demo.charts import draw_turning
 from san.demo.networks import PACKAGED, load_networks
 from san.demo.samples import samples_for
@@ -83,6 +84,15 @@ def test_a_turned_picture_is_judged_anew_and_a_full_turn_is_none(showing):
     assert share == pytest.approx(float(look.changed.probabilities[look.taken.answer]), abs=1e-5)
     around = showing.change(look, _controls(showing, degrees=360))
     torch.testing.assert_close(around.changed.probabilities, look.taken.probabilities)
+
+
+def test_a_picture_whose_scores_overflow_stays_as_it_is_under_attack(tmp_path):
+    (network,) = load_networks([_saved(tmp_path / "overflowing.safetensors")])
+    with torch.no_grad():
+        network.model.get_classifier().weight.fill_(torch.inf)
+    taken = answers.Taken(torch.zeros(1, 3, 28, 28), torch.ones(6) / 6, [])
+    changed = answers.change(network, taken, degrees=90, strength=8)
+    assert changed.pixels.equal(changed.turned)
 
 
 def test_the_attack_stays_within_its_strength_and_lowers_the_answer(showing):

@@ -308,10 +308,10 @@ def test_results_need_a_folder_and_matplotlib(tmp_path, capsys, monkeypatch):
 
 def test_a_network_falls_into_parts_of_all_its_multiply_adds():
     """All but the classifier's, 1000 rows of what the last stage gives, and the position map's two by two."""
-    for form, channels in (("pairwise", 2048), ("patchwise", 2048)):
+    for form in ("pairwise", "patchwise"):
         model = san.create_model(f"san10_{form}")
         found = roofline.parts(model, 64)
-        counted = sum(part.multiply_adds for part in found) + 1000 * channels
+        counted = sum(part.multiply_adds for part in found) + 1000 * 2048
         position = sum(4 * size**2 * blocks for size, blocks in ((32, 2), (16, 1), (8, 2), (4, 4), (2, 1)))
         assert counted + (position if form == "pairwise" else 0) == complexity(model, 64)["macs"]
         # The 64-channel map of the first block's input of 32×32, read for φ, ψ and β and written as R = 4, 4 and 16.
@@ -323,7 +323,11 @@ def test_a_network_falls_into_parts_of_all_its_multiply_adds():
 @pytest.mark.parametrize("form", ["pairwise", "patchwise"])
 def test_every_part_of_a_network_has_its_kernels(form, monkeypatch):
     monkeypatch.setattr(roofline, "peaks", lambda: (100.0, 1e10))
-    found = roofline.measure(f"san4_{form}", 2, 32, 1)
+    monkeypatch.setattr("san.fused._ROOM", 1 << 16)  # several shares, the last one smaller
+    found = roofline.measure(f"san4_{form}", 3, 32, 1)
     assert [row["part"] for row in found["rows"]][:4] == ["pooling, product", "φ, ψ, β", "attention", "last product"]
     assert all(row["seconds"] > 0 and row["roof_seconds"] > 0 for row in found["rows"])
     assert len(roofline.table(found)) == len(found["rows"]) + 1
+    monkeypatch.setattr(roofline, "build_network", lambda _: san.create_model("san4_patchwise", relation="star"))
+    with pytest.raises(RuntimeError, match="kernels belong to no part"):
+        roofline.measure("star has a product of its own", 3, 32, 1)

@@ -103,8 +103,9 @@ def change(network: Network, taken: Taken, degrees: float, strength: float) -> C
     attacked = pixels
     if strength:
         attack = Attack(epsilon=strength / 255, step=strength / 255 / 4, iterations=_ITERATIONS)
-        # Cloned, because classes come from inference mode, where gradients cannot be followed.
-        attacked = attack_images(model, pixels, model.classes(pixels).clone(), attack).images
+        # Where scores overflow there is no class to lead away from, and no gradient either; any will do. A new tensor,
+        # because classes come from inference mode, where gradients cannot be followed.
+        attacked = attack_images(model, pixels, model.classes(pixels).clamp(min=0), attack).images
     seen = _probabilities(network, model.normalise(attacked))
     return Changed(degrees, strength, pixels, attacked, seen)
 

@@ -35,7 +35,7 @@ class Recordings:
         recording.repeat(room.data_ptr(), x.data_ptr(), output.data_ptr())
 
     def of_shapes(self) -> dict[tuple[int, ...], Recording]:
-        """The recordings by the shapes of their input maps."""
+        """The recordings by the shapes of their input maps; of several numbers of threads, the one used last."""
         return {key[:-1]: recording for key, (_, recording) in self._found.items()}
 
     def _get(self, held: list[Any], key: tuple[int, ...], record: Callable[[], Recording]) -> Recording:

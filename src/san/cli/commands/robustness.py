@@ -153,7 +153,7 @@ def _robustness_writer(
         written = write_results(result, path)
         if not (settings.aims and figures):
             return written
-        # Numbers first, which took long: what goes wrong with a picture should not cost them.
+        # Numbers are on the disk by now, whatever goes wrong with a picture.
         images = write_images(models, examples, settings.attack(settings.aims[0]), path, figures, middle_rollout)
         return write_results(result, path, images)
 

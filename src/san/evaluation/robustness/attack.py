@@ -87,8 +87,8 @@ class Attacked:
 
     Args:
         images: [B, 3, H, W], after N iterations.
-        predicted: int64 [N+1, B], likeliest classes.
-        reached: bool [N+1, B], whether these are the aim: the target, or any class but the true one.
+        predicted: int64 [N+1, B], likeliest classes, as `best_classes`.
+        reached: bool [N+1, B], whether these are the aim: the target, or anything but the true class.
         losses: [N+1, B], cross-entropy with the target or the true class.
     """
 

@@ -32,13 +32,14 @@ def write_results(result: dict[str, Any], folder: Path, images: Sequence[Path] =
 
     `images` are what `write_images` wrote to the same folder; the page shows them.
     """
+    numbers, page = folder / "robustness.json", folder / "robustness.md"
+    # First: what goes wrong with a picture should not cost what took long to measure.
+    numbers.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     charts = []
     if any(row["rotation"] and row["rotation"]["angles"] for row in result["models"]):
         charts += draw_angles(result, folder / "angles")
     if result["settings"]["aims"]:
         charts += draw_iterations(result, folder / "iterations")
-    numbers, page = folder / "robustness.json", folder / "robustness.md"
-    numbers.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = [path.name for path in [*charts, *images] if path.suffix == ".png"]
     page.write_text(as_markdown(result, shown), encoding="utf-8")
     return [numbers, page, *charts, *images]

@@ -149,7 +149,7 @@ def spread(images: ImageSet, count: int) -> ImageSet:
 
 
 def best_classes(logits: Tensor) -> Tensor:
-    """The likeliest classes [B, ≤ 5], best first; −1, which is no class, for images without finite scores."""
+    """The likeliest classes [B, ≤ 5], best first; −1, which is no class, where scores are not all finite."""
     # `topk` takes what is no number for the largest.
     return logits.topk(min(5, logits.shape[1])).indices.where(logits.isfinite().all(1, keepdim=True), -1)
 

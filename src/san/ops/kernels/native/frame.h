@@ -41,7 +41,7 @@ struct Frame {
     }
 
     // Copies a map [B][channels][height][width] into its borders, a plane at a time; all threads of a team call it. A
-    // channel's images lie side by side, so one thread takes all of them: two would write to the same cache line.
+    // channel's images lie side by side, so one thread takes several: two would write to the same cache line.
     void fill(const float *map, int64_t channels, float *bordered) const {
         int64_t size = f.height * f.width, bordered_size = f.bordered_height * f.bordered_width;
 #pragma omp for schedule(dynamic, 8)

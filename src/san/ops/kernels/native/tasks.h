@@ -1,8 +1,8 @@
 // Who does which task of a parallel region: every thread has a run of them, and helps others when its own is done.
 //
-// Tasks are numbered by the pixels that they are about, first image first. A thread therefore reads mostly what it wrote
-// itself, in the kernel before as well: its caches have it, while fetching it from another core's costs as much as from
-// memory where cores do not share a last-level cache. Which thread does a task changes no bit.
+// Where tasks are numbered by the pixels that they are about, first image first, a thread reads mostly what it wrote
+// itself in the kernel before: its caches have it, while fetching it from another core's costs as much as from memory
+// where cores do not share a last-level cache. Which thread does a task changes no bit.
 #pragma once
 
 #include "entry.h"
