@@ -38,6 +38,7 @@ from san.checkpoints import save_model
 from san.cli import main
 from san.errors import UserError
 from san.fused import look
+from san.ops.kernels.native import library
 from tiny_run import NETWORK
 
 ROOT = Path(__file__).parents[1]
@@ -245,6 +246,8 @@ def test_output_is_rebuilt_from_weights_and_value(name):
 @pytest.mark.parametrize("form", ["pairwise", "patchwise", "scalar"])
 def test_every_backend_in_networks(form, backend):
     """The layers' outputs inside a network, whichever backend ran it, against the recomputed weights."""
+    if backend == "native" and library.load() is None:
+        pytest.skip("the native library is not installed")
     model = _network("pairwise", torch.float32, attention=form)
     image, given = torch.randn(2, 3, 16, 16), {}
     layers = attention_layers(model)
