@@ -47,7 +47,7 @@ def register(
 
 
 def backends() -> tuple[str, ...]:
-    """Names of the backends known here, in the order in which they are asked; `san.ops.support` tells whether they run."""
+    """Names of the backends known here, in the order in which they are asked; `support` tells whether they run."""
     present = {name for offered in _implementations.values() for name in offered}
     return tuple(name for name in ORDER if name in present)
 
