@@ -20,6 +20,7 @@ from san import fused
 from san.fused import training
 from san.ops import use_backend
 from san.ops.kernels.gpu import launch
+from san.ops.kernels.native import library
 from san.ops.normalization import SynchronizedBatchNorm2d, synchronize_batch_norm
 
 ATTENTION = pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
@@ -209,6 +210,11 @@ def kept(module: nn.Module, x: Tensor, backend: str = "auto") -> int:
     return sum(found.values())
 
 
+# The portable backends keep an array per pair inside attention.
+NATIVE = pytest.mark.skipif(library.load() is None, reason="the native library is not installed")
+
+
+@NATIVE
 @ATTENTION
 def test_block_keeps_few_maps(attention: str) -> None:
     """Input, query, key, value and aggregate; patchwise attention's hidden layer besides."""
@@ -221,6 +227,7 @@ def test_block_keeps_few_maps(attention: str) -> None:
     assert maps <= found <= 1.05 * maps
 
 
+@NATIVE
 def test_networks_keep_no_more_than_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
     x = images(2, 3, 64, 64)
     resnet = kept(san.create_model("baseline_resnet26", num_classes=10), x)
