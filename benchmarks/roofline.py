@@ -7,7 +7,8 @@ leaves them. The last BatchNorm, pooling and the classifier are no part of the t
 multiply-adds of products and of aggregation, nothing else; **bytes** what any form of the part moves at least: maps
 read and written once, weights read once. The **roof** is the longer of the two times at the machine's rates (a product
 of two 2048×2048 matrices, a copy of 256 MiB, measured before and after); a part whose maps are still in a cache may
-stay below. Ratios are against ResNet26 in its fastest form, interleaved.
+stay below. Ratios are against ResNet26 in its fastest form, interleaved, medians of all rounds. For SANs with
+pairwise attention, or patchwise by concatenation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from san import fused
 from san.cli.printing import as_table
+from san.errors import UserError
 from san.evaluation.speed.attention import AttentionOperator, attention_operators
 from san.evaluation.speed.clock import seconds
 from san.evaluation.speed.contestants import build_network
@@ -35,8 +37,9 @@ from san.evaluation.speed.machine import describe_machine, describe_versions
 from san.evaluation.speed.networks import WHOLE, measure_networks
 from san.evaluation.speed.operators import peaks
 from san.evaluation.speed.settings import Settings
+from san.models import SAN
 
-__all__ = ["Part", "kernel_times", "measure", "parts"]
+__all__ = ["Part", "kernel_times", "main", "measure", "parts", "table"]
 
 NETWORKS = ("san10_pairwise", "san10_patchwise")
 SUMS = ("multiply_adds", "bytes", "seconds", "roof_seconds")
@@ -173,18 +176,37 @@ def table(result: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def main() -> None:
-    """Read the command line, measure, print, write."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=NETWORKS)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    asked: Any = {"batches": (given.batch,), "resolutions": (given.image_size,), "modes": ("inference",)}
+    return parser
+
+
+def _settings(given: argparse.Namespace) -> Settings:
+    """What to measure of whole networks; `UserError` where the command line asks for what cannot be."""
+    asked: Any = {"batches": (given.batch,), "resolutions": (given.image_size,), "rounds": given.rounds}
+    settings = Settings(tuple(given.networks), **asked, modes=("inference",), peak=False)
+    if wrong := [name for name in given.networks if not isinstance(build_network(name), SAN)]:
+        raise UserError(f"{wrong[0]} is no self-attention network; choose one such as {NETWORKS[0]}")
+    if given.json and not given.json.parent.is_dir():
+        raise UserError(f"{given.json.parent} is no folder; --json needs one to write to")
+    return settings
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line, measure, print, write."""
+    parser = _parser()
+    given = parser.parse_args(words)
+    try:
+        settings = _settings(given)
+    except UserError as problem:
+        parser.error(str(problem))
     notes: list[str] = []
-    rows = measure_networks(Settings(tuple(given.networks), **asked, peak=False), lambda text: None, notes)
+    rows = measure_networks(settings, lambda text: None, notes)
     whole = [row for row in rows if row["part"] == WHOLE]
     found = [measure(name, given.batch, given.image_size, given.rounds) for name in given.networks]
     for row in whole:
@@ -193,6 +215,8 @@ def main() -> None:
     print(*notes, sep="\n")
     for result in found:
         print(f"\n{result['network']}, batch {given.batch}, {given.image_size} px\n{as_table(table(result))}")
+        rates = result["multiply_adds_per_second"] / 1e9, result["copy_bytes_per_second"] / 1e9
+        print("rates: {:.0f} G multiply-adds of a large product, {:.0f} GB of a copy a second".format(*rates))
     if given.json:
         about = {"machine": describe_machine(), "versions": describe_versions(), "date": str(date.today())}
         about |= {"threads": torch.get_num_threads(), "batch": given.batch, "image_size": given.image_size}

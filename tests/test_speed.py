@@ -331,3 +331,19 @@ def test_every_part_of_a_network_has_its_kernels(form, monkeypatch):
     monkeypatch.setattr(roofline, "build_network", lambda _: san.create_model("san4_patchwise", relation="star"))
     with pytest.raises(RuntimeError, match="kernels belong to no part"):
         roofline.measure("star has a product of its own", 3, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rounds", "0"], "rounds is 0, but it must be at least 1"),
+        (["san11_pairwise"], "'san11_pairwise' is unknown"),
+        (["baseline_resnet26"], "baseline_resnet26 is no self-attention network"),
+        (["--json", "nowhere/roofline.json"], "nowhere is no folder"),
+    ],
+)
+def test_the_roofline_refuses_before_it_measures(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "measure_networks", None)
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main(words)
+    assert sentence in capsys.readouterr().err
