@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -45,12 +50,6 @@ def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "GRAIN", 1)
 
 
-@pytest.fixture(autouse=True)
-def several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small as the problems are, they run on all threads."""
-    monkeypatch.setattr(operators, "GRAIN", 1)
-
-
 @pytest.fixture
 def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -66,6 +65,23 @@ def test_the_number_of_threads_changes_no_bit(case: Any) -> None:
         torch.set_num_threads(threads)
         found.append(results(case.build(torch.float32)))
     assert all(torch.equal(x, y) for other in found[1:] for x, y in zip(found[0], other, strict=True))
+
+
+def bits(threads: int) -> list[str]:
+    """What all forms give on so many threads, as a digest each."""
+    torch.set_num_threads(threads)
+    found = [torch.cat([x.detach().flatten() for x in results(case.build(torch.float32))]) for case in FORMS]
+    return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in found]
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_fewer_threads_than_asked_for_do_all_of_the_work() -> None:
+    """As where OpenMP is told to start no more, or is nested: threads do what those that are missing would have."""
+    script = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_native as t"
+    script += "; t.operators.GRAIN = 1; print(*t.bits(4))"
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=limited, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == bits(1)
 
 
 @EACH_FORM
