@@ -204,6 +204,7 @@ def test_page_shows_every_table(result):
     assert page.count("\n| ") == len(result["networks"]) + 1
     assert "baseline_resnet26" in page
     assert result["machine"]["processor"] in page
+    assert "the first of triton, native, tiled, reference that accepts it" in page
 
 
 def test_operator_rows():

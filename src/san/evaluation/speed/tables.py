@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from san.evaluation.speed.networks import LAYERS
+from san.ops.dispatch import ORDER
 
 __all__ = ["MEANINGS", "as_markdown", "heading", "tables"]
 
@@ -12,7 +13,8 @@ MEANINGS = {
     "networks": (
         "ms/image: median; ratio: median and quartiles of the step's time to the baseline's in the same round; kept: "
         "MB per image that PyTorch's allocator holds between forward and backward, and its ratio; peak: MB by which "
-        "one step raises the process' memory"
+        "one step raises the process' memory; backend auto: for every attention layer the first of "
+        f"{', '.join(ORDER)} that accepts it, unless the next is known to be faster"
     ),
     "operators": (
         "ms: median of forward, and of forward and backward; of peak: share of a large float32 matrix product's rate; "
@@ -31,7 +33,8 @@ def heading(result: dict[str, Any]) -> str:
     machine, versions, settings = result["machine"], result["versions"], result["settings"]
     memory = f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine["memory_bytes"] else ""
     used = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores{memory}"
-    kernels = f", kernels for {machine['instruction_set']}" if machine["instruction_set"] else ""
+    level = machine["instruction_set"]
+    kernels = "" if level is None else f", C++ kernels for {f'x86-64-{level}' if level.startswith('v') else level}"
     software = ", ".join(f"{name} {versions[name]}" for name in ("san", "torch", "timm", "python"))
     return f"{used}{kernels}, {settings['threads']} threads; {software}; {result['date'][:10]}"
 
