@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
 from san.experiments.report import write
 from san.experiments.results import agreement, order
 from san.models import build_model
+from san.training.folder import RunFolder
 from san.training.interruption import StopRequest
 from tiny_run import make_images
 
@@ -47,7 +50,7 @@ def position(images: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _position(images: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return reproduce("position", data=str(images), out=out, settings=TINY, **options)
+    return reproduce("position", data=str(images), out=out, **{"settings": TINY, **options})
 
 
 def _numbers(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -166,6 +169,39 @@ def test_other_settings_are_refused(position: tuple[dict[str, Any], Path], image
         _position(other, out)
 
 
+def _begin(out: Path, images: Path, table: str, **settings: Any) -> None:
+    """Folders of a table's runs, begun with other settings than the scale's and never trained."""
+    for run in Campaign(SCALES["digits"], out, str(images), TINY).runs(TABLES[table].variants, 1):
+        run.folder.create({**run.settings, **settings})
+
+
+def test_settings_that_are_not_given_again_are_not_forgotten(images: Path, tmp_path: Path) -> None:
+    _begin(tmp_path, images, "position", image_size=24)
+    for row in _position(images, tmp_path)["rows"]:
+        assert "was trained with image_size 24, not the default" in row["failed"][0]
+
+
+def test_a_table_that_fails_does_not_stop_the_next(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for table in ("position", "scalar"):
+        _begin(tmp_path, images, table, image_size=24)
+    assert main(["reproduce", "position", "scalar", "--data", str(images), "--out", str(tmp_path)]) == 2
+    assert "san: error: 6 runs failed, the first because " in capsys.readouterr().err
+    for table in ("position", "scalar"):
+        assert "Order by" not in (tmp_path / f"{table}.md").read_text()
+
+
+def test_several_devices_train_the_run_and_no_other(images: Path, tmp_path: Path) -> None:
+    """Lightning starts the command again for each device, which must not take the campaign's next run."""
+    result = _position(images, tmp_path, only=["relative", "none"], shard="0/2", settings={**TINY, "devices": 2})
+    relative, none = result["rows"]
+    assert relative["seeds"] == [0]
+    assert RunFolder(tmp_path / relative["runs"][0]).settings()["devices"] == 2
+    assert none["seeds"] == relative["failed"] == none["failed"] == []
+    assert not (tmp_path / "runs" / "san4_pairwise-position-none-seed0").exists()
+
+
 def test_shards_together_give_the_table_of_one_process(
     position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
 ) -> None:
@@ -227,14 +263,25 @@ def test_every_row_sees_the_same_images_in_the_same_order(images: Path) -> None:
 
 
 def test_rotation_and_attack_are_measured_on_the_trained_networks(images: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"data": str(images), "out": tmp_path, "only": ["ResNet26"], "settings": TINY}
+    """Also where the images have moved, and where another process holds the run for a while."""
+    places = [tmp_path / place / "images" for place in ("first", "second")]
+    shutil.copytree(images, places[0])
+    options: dict[str, Any] = {"out": tmp_path / "out", "only": ["ResNet26"], "settings": TINY}
     shown = []
 
     def progress(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
         shown.append(what)
         return batches
 
-    rotation, attack = (reproduce(table, **options, progress=progress) for table in ("rotation", "pgd"))
+    rotation = reproduce("rotation", data=str(places[0]), **options, progress=progress)
+    places[0].parent.rename(places[1].parent)
+    campaign = Campaign(SCALES["digits"], tmp_path / "out", str(places[1]), TINY)
+    with ThreadPoolExecutor(1) as others:
+        with campaign.locked(Path(rotation["rows"][0]["runs"][0]).name):
+            attacked = others.submit(reproduce, "pgd", data=str(places[1]), **options)
+            assert wait([attacked], timeout=3).not_done
+        attack = attacked.result()
+    assert attack["complete"]
     assert shown[0] == "ResNet26, seed 0: rotation"
     assert rotation["rows"][0]["runs"] == attack["rows"][0]["runs"]
     assert rotation["rows"][0]["means"]["0°"] == pytest.approx(attack["rows"][0]["means"]["top1"])
@@ -256,6 +303,7 @@ def test_the_order_is_compared_with_the_reported_one() -> None:
     ("words", "sentence"),
     [
         ([], "TABLES is missing"),
+        (["relation", "scalr"], "table 'scalr' is unknown"),
         (["relations"], "table 'relations' is unknown; choose among: main, "),
         (["relation", "--scale", "mnist"], "scale 'mnist' is unknown"),
         (["relation", "--seeds", "0"], "the number of seeds is 0"),

@@ -232,6 +232,15 @@ def test_no_rotation_is_what_evaluate_tells(runs, images, batch_size):
         assert attack_accuracy(model, few, Attack(iterations=1))["top1"] == accuracy.top1
 
 
+def test_frozen_parts_stay_frozen_inside(runs):
+    network = load_model(runs[0]).train()
+    network.layer0.eval()
+    model = PixelModel(network)
+    assert model.training
+    assert network.training
+    assert not any(part.training for part in network.layer0.modules())
+
+
 def test_pixels_normalised_inside_are_the_network_s_input_bit_by_bit(runs, examples):
     network = PixelModel(load_model(runs[0]))
     (pixels,) = [batch.images for batch in examples.batches(network)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from san.data import load_dataset
 from san.errors import UserError
 from san.evaluation.accuracy import evaluate
 from san.training import journal, train
+from san.training.folder import RunFolder, replacing
 from san.training.module import Classifier, torch_label_smoothing
 from san.training.settings import check, started
 from tiny_run import NETWORK, VARIED, assert_same_result, command, make_images, recipe, rows, settings, start
@@ -249,6 +251,18 @@ def test_mistake_is_answered_with_a_sentence_and_leaves_nothing_behind(images, t
         train(**settings(images, **wrong), out=str(out))
     assert "\n" not in str(caught.value)
     assert not out.exists()
+
+
+def test_a_run_killed_before_its_first_file_begins_anew(tmp_path):
+    def begin():
+        with replacing(tmp_path / "config.yaml") as unfinished:
+            unfinished.write_text("epochs:")
+            sys.exit()
+
+    with pytest.raises(SystemExit):
+        begin()
+    assert list(tmp_path.iterdir())
+    RunFolder(tmp_path).check_free()
 
 
 def test_existing_run_is_never_overwritten(run, images):

@@ -1,19 +1,28 @@
 """Training every variant of a table once: run folders that any number of processes share and any of them continues.
 
 A variant and a seed are one run folder, named by what was trained and not by the table, so tables share runs. Who works
-on one holds its lock, which the operating system releases when a process dies, also on another machine.
+on one holds its lock, which the operating system releases when a process dies; on another machine too where the shared
+file system has `flock`.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from re import sub
+from tempfile import TemporaryDirectory
+from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from san.errors import UserError
@@ -21,7 +30,8 @@ from san.evaluation.robustness import Progress, silently
 from san.experiments.tables import SCALES, TABLES, Scale, Variant
 from san.training import train
 from san.training.folder import RunFolder
-from san.training.settings import OF_THE_MACHINE
+from san.training.interruption import StopRequest
+from san.training.settings import OF_THE_MACHINE, started
 from san.weights import NETWORKS
 
 __all__ = ["Campaign", "Run", "chosen", "scale_of", "shard_of"]
@@ -104,13 +114,13 @@ class Campaign:
         return busy, failed
 
     @contextmanager
-    def locked(self, name: str) -> Generator[bool]:
-        """Whether the lock of this name is ours, until the end of the block."""
+    def locked(self, name: str, wait: bool = False) -> Generator[bool]:
+        """Whether the lock of this name is ours, until the end of the block; with `wait` it will be."""
         place = self.folder / "locks"
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place / f"{name}.lock")
         try:
-            lock.acquire(blocking=False)
+            lock.acquire(blocking=wait)
         except Timeout:
             yield False
             return
@@ -125,26 +135,69 @@ def _word(value: Any) -> str:
 
 
 def _train(run: Run) -> None:
+    arguments: dict[str, Any] = {**run.settings, "out": str(run.folder.path)}
+    stored: dict[str, Any] = {}
+    # Another process may have finished it between the look and the lock.
+    if run.folder.config.is_file():
+        _check_same(run)
+        stored = run.folder.settings()
+        given = {name: value for name, value in run.settings.items() if name in OF_THE_MACHINE}
+        arguments = {**given, "resume": str(run.folder.path)}
+    if {str(settings.get("devices", 1)) for settings in (stored, run.settings)} != {"1"}:
+        _train_in_its_own_process(arguments)
+        return
     with redirect_stdout(sys.stderr):
-        # Another process may have finished it between the look and the lock.
-        if run.folder.config.is_file():
-            _check_same(run)
-            train(resume=str(run.folder.path))
-        else:
-            train(**run.settings, out=str(run.folder.path))
+        train(**arguments)
+
+
+def _train_in_its_own_process(arguments: dict[str, Any]) -> None:
+    """For several devices Lightning starts the whole command again for each, which must be `san train` of this run."""
+    with TemporaryDirectory(prefix="san-") as place:
+        recipe = Path(place) / "run.yaml"
+        recipe.write_text(yaml.safe_dump(arguments), encoding="utf-8")
+        command = [sys.executable, "-m", "san", "train", "--config", str(recipe)]
+        standard_error = 2
+        code = _code_of(subprocess.Popen(command, stdout=standard_error, start_new_session=True))
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise SystemExit(code)
+    if code != 0:
+        raise UserError(f"its training ended with exit code {code}, for the reason that it told above")
+
+
+def _code_of(process: subprocess.Popen[bytes]) -> int:
+    """How the process ends; it leads a session, all of which is told once if this process is asked to stop."""
+    with StopRequest() as stop:
+        stop.patient = True
+        told = False
+        try:
+            while process.poll() is None:
+                if stop.made and not told:
+                    os.killpg(process.pid, signal.SIGINT)
+                    told = True
+                sleep(0.2)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.wait()
 
 
 def _check_same(run: Run) -> None:
-    """Raise `UserError` where the folder holds a run of other settings."""
-    stored, given = run.folder.settings(), dict(run.settings)
+    """Raise `UserError` where the folder holds a run of other settings, given ones or `train`'s own."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    asked = vars(started(SimpleNamespace(**{**defaults, **run.settings, "out": str(run.folder.path)})))
+    stored = {**defaults, **run.folder.settings()}
+    for name in asked.keys() - {"out", "resume", "data", *OF_THE_MACHINE}:
+        _compare(run, name, stored[name], asked[name])
     # The same images may lie elsewhere on another machine.
-    for settings in (stored, given):
-        settings["data"] = Path(settings["data"]).name
-    for name, value in given.items():
-        if (name == "data" or name not in OF_THE_MACHINE) and stored.get(name) != value:
-            raise UserError(
-                f"{run.folder.path} was trained with {name} {stored.get(name)}, not {value}: choose another --out"
-            )
+    _compare(run, "data", Path(stored["data"]).name, Path(asked["data"]).name)
+
+
+def _compare(run: Run, name: str, stored: Any, asked: Any) -> None:
+    if stored != asked:
+        values = ("the default" if value is None else value for value in (stored, asked))
+        raise UserError(
+            f"{run.folder.path} was trained with {name} {', not '.join(map(str, values))}: choose another --out"
+        )
 
 
 def chosen(table: str, only: Sequence[str] = ()) -> tuple[Variant, ...]:

@@ -62,9 +62,7 @@ def as_markdown(result: dict[str, Any], command: str, picture: str | None = None
     rows = columns(result)
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    machine, versions, settings = result["machine"], result["versions"], result["settings"]
-    used = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-    software = ", ".join(f"{name} {versions[name]}" for name in ("san", "torch", "python"))
+    settings = result["settings"]
     how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if key != "data")
     sections = [
         f"# {result['title']} on {result['data']}",
@@ -76,14 +74,24 @@ def as_markdown(result: dict[str, Any], command: str, picture: str | None = None
         _order(result),
         f"![{result['title'].lower()}]({picture})" if picture else "",
         f"Settings of every row: {how}; same images, order, augmentation and seeds.",
-        f"{used}; {software}; {result['date'][:10]}.",
-        f"```sh\n{command}\n```",
+        "\n".join(f"- Trained with {_environment(found)}." for found in result["trained_with"]),
+        f"Summary of {result['date'][:10]}.",
+        f"```sh\n{command}\n```" if command else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _environment(versions: dict[str, str]) -> str:
+    used = versions["machine"] if versions["gpu"] == "none" else f"{versions['gpu']}, {versions['machine']}"
+    software = ", ".join(f"{name} {versions[name]}" for name in ("san-vision", "torch", "python"))
+    return f"{software}, commit {versions['git commit']}, {versions['threads']} threads; {used}"
+
+
 def _order(result: dict[str, Any]) -> str:
-    text = "Order by top-1: " + " > ".join(order(result)) + "."
+    if not (labels := order(result)):
+        return ""
+    clean = "" if result["measures"] == "accuracy" else " of images as they are"
+    text = f"Order by top-1{clean}: {' > '.join(labels)}."
     if (known := agreement(result)) is None:
         return text
     reported, same, pairs = known

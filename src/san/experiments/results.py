@@ -16,6 +16,7 @@ import torch
 
 from san.checkpoints import load_model
 from san.data import Batch, load_dataset
+from san.errors import UserError
 from san.evaluation.cost import complexity
 from san.evaluation.robustness import Attack, LabelledImages, attack_accuracy, rotation_accuracy
 from san.evaluation.speed.machine import describe_machine, describe_versions
@@ -29,24 +30,31 @@ ITERATIONS = (2, 4)
 """Iterations of the attack that a table shows; its chart shows all up to the last."""
 
 
-def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float] | None:
-    """What the table tells of a finished run, None if somebody else is measuring it just now.
+def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float]:
+    """What the table tells of a finished run.
 
     Accuracy is that of the last epoch, on test images, or without any on those held out. Rotation and attack are
-    measured once and kept beside the run.
+    measured once and kept beside the run; where another process is measuring them, its result is waited for.
     """
     found = {**_accuracy(run), **_cost(run), "step_ms": _step_time(run)}
     if measures == "accuracy":
         return found
-    notes = run.folder.path / f"{measures}.json"
+    _measure_robustness(run, campaign, measures, wait=True)
+    return {**found, **json.loads(_notes(run, measures).read_text())}
+
+
+def _notes(run: Run, measures: str) -> Path:
+    return run.folder.path / f"{measures}.json"
+
+
+def _measure_robustness(run: Run, campaign: Campaign, measures: str, wait: bool) -> None:
+    """Measure it unless that is done; without `wait` leave it to the process that is doing so."""
+    notes = _notes(run, measures)
     if not notes.exists():
-        with campaign.locked(run.folder.path.name) as mine:
-            if not mine:
-                return None
-            if not notes.exists():
+        with campaign.locked(run.folder.path.name, wait) as mine:
+            if mine and not notes.exists():
                 with replacing(notes) as temporary:
                     temporary.write_text(json.dumps(_robustness(run, campaign, measures)))
-    return {**found, **json.loads(notes.read_text())}
 
 
 def _accuracy(run: Run) -> dict[str, float]:
@@ -81,7 +89,9 @@ def _robustness(run: Run, campaign: Campaign, measures: str) -> dict[str, float]
     """Rotation: top-1 of every view. Attack: success and top-1 of both aims after every number of iterations."""
     model = load_model(run.folder.path).to("cuda" if torch.cuda.is_available() else "cpu")
     stored = run.folder.settings()
-    dataset = load_dataset(stored["data"], validation_share=stored["validation_share"], seed=run.seed)
+    # Its images may lie elsewhere than when it was trained.
+    data = run.settings["data"]
+    dataset = load_dataset(data, validation_share=stored["validation_share"], seed=run.seed)
 
     def progress(batches: Iterable[Batch], what: str) -> Iterable[Batch]:
         return campaign.progress(batches, f"{run.variant.label}, seed {run.seed}: {what}")
@@ -102,21 +112,10 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
 
     `rows` have `label`, `model`, `options`, `seeds` (those finished), `means` and `deviations` of every number
     (deviation None of a single seed), `runs` (folders below the campaign's) and `failed`. Besides: what was asked,
-    settings, `complete`, machine, versions and date.
+    settings, `complete`, `trained_with` (machines and versions of the runs), and machine, versions and date of this
+    summary.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        row = rows.setdefault(run.variant.label, _empty(run))
-        name = run.folder.path.name
-        if name in failed:
-            row["failed"].append(failed[name])
-        found = measured(run, campaign, TABLES[table].measures) if run.folder.finished else None
-        if found is not None:
-            row["seeds"].append(run.seed)
-            row["runs"].append(str(Path("runs") / name))
-            row["each"].append(found)
-    for row in rows.values():
-        row |= _statistics(row.pop("each"))
+    rows = _rows(runs, campaign, TABLES[table].measures, failed)
     wanted = {run.seed for run in runs}
     return {
         "table": table,
@@ -125,13 +124,52 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
         "measures": TABLES[table].measures,
         "data": Path(runs[0].settings["data"]).name,
         "settings": {key: value for key, value in runs[0].settings.items() if key not in ("model", "options", "seed")},
-        "complete": all(len(row["seeds"]) == len(wanted) for row in rows.values()),
+        "complete": all(len(row["seeds"]) == len(wanted) for row in rows),
         "wanted": len(wanted),
-        "rows": list(rows.values()),
+        "rows": rows,
+        "trained_with": _environments(runs),
         "machine": describe_machine("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _rows(runs: Sequence[Run], campaign: Campaign, measures: str, failed: dict[str, str]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    failed = {**failed, **_measure_free(runs, campaign, measures)}
+    for run in runs:
+        row = rows.setdefault(run.variant.label, _empty(run))
+        name = run.folder.path.name
+        if name in failed:
+            row["failed"].append(failed[name])
+        elif run.folder.finished:
+            row["seeds"].append(run.seed)
+            row["runs"].append(str(Path("runs") / name))
+            row["each"].append(measured(run, campaign, measures))
+    for row in rows.values():
+        row |= _statistics(row.pop("each"))
+    return list(rows.values())
+
+
+def _measure_free(runs: Sequence[Run], campaign: Campaign, measures: str) -> dict[str, str]:
+    """Measure what no other process does, so that several share the work; gives what went wrong, by the run's name."""
+    failed: dict[str, str] = {}
+    for run in runs:
+        if run.folder.finished and measures != "accuracy":
+            try:
+                _measure_robustness(run, campaign, measures, wait=False)
+            except UserError as error:
+                failed[run.folder.path.name] = str(error)
+    return failed
+
+
+def _environments(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The different machines and versions that finished runs were trained with."""
+    found: list[dict[str, str]] = []
+    for run in runs:
+        if run.folder.finished and (versions := run.folder.versions()) not in found:
+            found.append(versions)
+    return found
 
 
 def _empty(run: Run) -> dict[str, Any]:

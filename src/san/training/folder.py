@@ -65,8 +65,13 @@ class RunFolder:
         return self.report.exists()
 
     def check_free(self) -> None:
-        """Raise `UserError` where files lie, of another run for example."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        """Raise `UserError` where files lie, of another run for example.
+
+        What `replacing` left when the process was killed before the run's first file is none.
+        """
+        if self.path.exists() and (
+            not self.path.is_dir() or any(not each.match(".*.part") for each in self.path.iterdir())
+        ):
             raise UserError(
                 f"{self.path} exists already: continue that run with --resume {self.path} or choose another --out"
             )
@@ -93,6 +98,11 @@ class RunFolder:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         }
         _write(self.path / "versions.txt", "".join(f"{name}: {value}\n" for name, value in facts.items()))
+
+    def versions(self) -> dict[str, str]:
+        """What `write_versions` recorded, by its names."""
+        lines = (self.path / "versions.txt").read_text(encoding="utf-8").splitlines()
+        return dict(line.split(": ", 1) for line in lines)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv` anew from the rows of all epochs so far; TensorBoard events too, once in a process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json as jsonlib
 import shlex
 import sys
@@ -66,14 +67,19 @@ def reproduce(
     """
     given = locals()
     from san.experiments import TABLES, reproduce
+    from san.experiments.campaign import chosen
 
     if list:
         _list_tables(json)
         return
     if not tables:
         raise UserError(f"TABLES is missing; choose among: {', '.join(TABLES)}, or ask for --list")
+    labels = [label.strip() for label in only.split(";")] if only else []
+    for table in tables:
+        chosen(table, labels)
     settings = {name: given[name] for name in _OF_TRAIN if given[name] is not None}
     command = shlex.join(["san", *sys.argv[1:]])
+    failed: builtins.list[str] = []
     for table in tables:
         result = reproduce(
             table,
@@ -81,7 +87,7 @@ def reproduce(
             seeds=seeds,
             data=data,
             out=out,
-            only=[label.strip() for label in only.split(";")] if only else (),
+            only=labels,
             shard=shard,
             base=base,
             small_images=small_images,
@@ -89,7 +95,9 @@ def reproduce(
             command=command,
             progress=progress,
         )
-        _show_table(result, json)
+        failed += _show_table(result, json)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first because {failed[0]}")
 
 
 def _list_tables(json: bool) -> None:
@@ -110,7 +118,8 @@ def _list_tables(json: bool) -> None:
         )
 
 
-def _show_table(result: dict[str, Any], json: bool) -> None:
+def _show_table(result: dict[str, Any], json: bool) -> list[str]:
+    """Print it; gives what went wrong with its runs."""
     from san.experiments import columns
 
     failed = [problem for row in result["rows"] for problem in row["failed"]]
@@ -123,5 +132,4 @@ def _show_table(result: dict[str, Any], json: bool) -> None:
         elif not result["complete"] and not failed:
             print("not complete: what is missing belongs to other shards")
         print(f"written: {', '.join(result['files'])}")
-    if failed:
-        raise UserError(f"{len(failed)} runs failed, the first because {failed[0]}")
+    return failed

@@ -45,7 +45,8 @@ class PixelModel(nn.Module):
         for name in ("mean", "std"):
             values = torch.tensor(self.preprocessing[name], dtype=like.dtype, device=like.device)
             self.register_buffer(name, values[:, None, None])
-        self.train(network.training)
+        # Not `train`, which would set the parts of a network of which some are frozen.
+        self.training = network.training
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(pixels − mean) / std, as the network's own preprocessing ends."""
