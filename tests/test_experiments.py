@@ -202,6 +202,23 @@ def test_several_devices_train_the_run_and_no_other(images: Path, tmp_path: Path
     assert not (tmp_path / "runs" / "san4_pairwise-position-none-seed0").exists()
 
 
+def test_a_run_on_several_devices_keeps_its_lock_and_stops_on_ctrl_c(images: Path, tmp_path: Path) -> None:
+    """The lock lasts as long as the training, also where the campaign that began it was killed."""
+    recipe = {"data": str(images), "out": str(tmp_path), "only": ["relative"], "settings": {**TINY, "devices": 2}}
+    code = f"from san.experiments import reproduce; reproduce('position', **{recipe!r})"
+    campaign = Campaign(SCALES["digits"], tmp_path, str(images), TINY)
+    for number, ends in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert any("processes" in line or "epoch" in line or "training," in line for line in process.stderr)
+        process.send_signal(number)
+        assert process.wait(60) == ends
+    with campaign.locked("san4_pairwise-seed0") as mine:
+        assert mine is None
+    with campaign.locked("san4_pairwise-seed0", wait=True):
+        assert RunFolder(tmp_path / "runs" / "san4_pairwise-seed0").finished
+
+
 def test_shards_together_give_the_table_of_one_process(
     position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
 ) -> None:
@@ -234,7 +251,7 @@ def test_a_run_that_another_process_has_is_left_to_it(images: Path, tmp_path: Pa
         "import sys, time; from pathlib import Path; from san.experiments.campaign import Campaign;"
         "from san.experiments import SCALES\n"
         f"with Campaign(SCALES['digits'], Path({str(tmp_path)!r}), None, {{}}).locked('san4_pairwise-seed0') as mine:\n"
-        "    print(mine, flush=True); time.sleep(600)"
+        "    print(mine is not None, flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
     try:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from re import sub
@@ -23,14 +23,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from san.errors import UserError
 from san.evaluation.robustness import Progress, silently
 from san.experiments.tables import SCALES, TABLES, Scale, Variant
 from san.training import train
 from san.training.folder import RunFolder
-from san.training.interruption import StopRequest
+from san.training.interruption import Interrupted, StopRequest
 from san.training.settings import OF_THE_MACHINE, started
 from san.weights import NETWORKS
 
@@ -97,12 +97,12 @@ class Campaign:
                 _check_same(run)
                 continue
             with self.locked(run.folder.path.name) as mine:
-                if not mine:
+                if mine is None:
                     busy.append(run)
                     continue
                 print(f"[{number}/{len(runs)}] {run.variant.label}, seed {run.seed}", file=sys.stderr, flush=True)
                 try:
-                    _train(run)
+                    _train(run, mine)
                 except UserError as error:
                     failed[run.folder.path.name] = str(error)
                     print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
@@ -114,18 +114,18 @@ class Campaign:
         return busy, failed
 
     @contextmanager
-    def locked(self, name: str, wait: bool = False) -> Generator[bool]:
-        """Whether the lock of this name is ours, until the end of the block; with `wait` it will be."""
+    def locked(self, name: str, wait: bool = False) -> Generator[BaseFileLock | None]:
+        """The lock of this name, ours until the end of the block, or None if another has it; `wait` for that one."""
         place = self.folder / "locks"
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place / f"{name}.lock")
         try:
             lock.acquire(blocking=wait)
         except Timeout:
-            yield False
+            yield None
             return
         try:
-            yield True
+            yield lock
         finally:
             lock.release()
 
@@ -134,7 +134,7 @@ def _word(value: Any) -> str:
     return sub(r"[^A-Za-z0-9.]+", "-", str(value)).strip("-").lower()
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, lock: BaseFileLock) -> None:
     arguments: dict[str, Any] = {**run.settings, "out": str(run.folder.path)}
     stored: dict[str, Any] = {}
     # Another process may have finished it between the look and the lock.
@@ -143,42 +143,52 @@ def _train(run: Run) -> None:
         stored = run.folder.settings()
         given = {name: value for name, value in run.settings.items() if name in OF_THE_MACHINE}
         arguments = {**given, "resume": str(run.folder.path)}
-    if {str(settings.get("devices", 1)) for settings in (stored, run.settings)} != {"1"}:
-        _train_in_its_own_process(arguments)
+    devices = str(run.settings.get("devices", stored.get("devices", 1)))
+    if devices != "1":
+        _train_in_its_own_process(arguments, lock)
         return
+    # As text, because `train` takes its default, the number, for not given where it resumes.
+    arguments["devices"] = devices
     with redirect_stdout(sys.stderr):
         train(**arguments)
 
 
-def _train_in_its_own_process(arguments: dict[str, Any]) -> None:
+def _train_in_its_own_process(arguments: dict[str, Any], lock: BaseFileLock) -> None:
     """For several devices Lightning starts the whole command again for each, which must be `san train` of this run."""
     with TemporaryDirectory(prefix="san-") as place:
         recipe = Path(place) / "run.yaml"
         recipe.write_text(yaml.safe_dump(arguments), encoding="utf-8")
-        command = [sys.executable, "-m", "san", "train", "--config", str(recipe)]
-        standard_error = 2
-        code = _code_of(subprocess.Popen(command, stdout=standard_error, start_new_session=True))
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise SystemExit(code)
+        code = _code_of([sys.executable, "-m", "san", "train", "--config", str(recipe)], lock)
     if code != 0:
         raise UserError(f"its training ended with exit code {code}, for the reason that it told above")
 
 
-def _code_of(process: subprocess.Popen[bytes]) -> int:
-    """How the process ends; it leads a session, all of which is told once if this process is asked to stop."""
+def _code_of(command: Sequence[str], lock: BaseFileLock) -> int:
+    """How a command ends that runs in a session of its own and is told once if this process is asked to stop.
+
+    It has the lock too, so that the lock lasts as long as the command where this process is killed.
+    """
+    told, standard_error = False, 2
     with StopRequest() as stop:
         stop.patient = True
-        told = False
+        kept = [file for file in (lock._context.lock_file_fd,) if file is not None]
+        process = subprocess.Popen(command, stdout=standard_error, start_new_session=True, pass_fds=kept)
         try:
             while process.poll() is None:
                 if stop.made and not told:
-                    os.killpg(process.pid, signal.SIGINT)
                     told = True
+                    _tell(process, signal.SIGINT)
                 sleep(0.2)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        except Interrupted:
+            _tell(process, signal.SIGKILL)
+    if stop.made:
+        raise SystemExit(128 + signal.SIGINT)
     return process.wait()
+
+
+def _tell(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _check_same(run: Run) -> None:
@@ -187,7 +197,7 @@ def _check_same(run: Run) -> None:
     asked = vars(started(SimpleNamespace(**{**defaults, **run.settings, "out": str(run.folder.path)})))
     stored = {**defaults, **run.folder.settings()}
     for name in asked.keys() - {"out", "resume", "data", *OF_THE_MACHINE}:
-        _compare(run, name, stored[name], asked[name])
+        _compare(run, name, stored.get(name), asked[name])
     # The same images may lie elsewhere on another machine.
     _compare(run, "data", Path(stored["data"]).name, Path(asked["data"]).name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,15 @@ def as_markdown(result: dict[str, Any], command: str, picture: str | None = None
         _order(result),
         f"![{result['title'].lower()}]({picture})" if picture else "",
         f"Settings of every row: {how}; same images, order, augmentation and seeds.",
-        "\n".join(f"- Trained with {_environment(found)}." for found in result["trained_with"]),
+        "\n".join(f"- Last trained with {_environment(found)}." for found in result["trained_with"]),
         f"Summary of {result['date'][:10]}.",
         f"```sh\n{command}\n```" if command else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _environment(versions: dict[str, str]) -> str:
+def _environment(found: dict[str, str]) -> str:
+    versions = defaultdict(lambda: "unknown", found)
     used = versions["machine"] if versions["gpu"] == "none" else f"{versions['gpu']}, {versions['machine']}"
     software = ", ".join(f"{name} {versions[name]}" for name in ("san-vision", "torch", "python"))
     return f"{software}, commit {versions['git commit']}, {versions['threads']} threads; {used}"

@@ -6,6 +6,7 @@ import csv
 import datetime
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -136,31 +137,31 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
 
 def _rows(runs: Sequence[Run], campaign: Campaign, measures: str, failed: dict[str, str]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    failed = {**failed, **_measure_free(runs, campaign, measures)}
+    _measure_free(runs, campaign, measures)
     for run in runs:
         row = rows.setdefault(run.variant.label, _empty(run))
         name = run.folder.path.name
         if name in failed:
             row["failed"].append(failed[name])
         elif run.folder.finished:
+            try:
+                row["each"].append(measured(run, campaign, measures))
+            except UserError as error:
+                row["failed"].append(str(error))
+                continue
             row["seeds"].append(run.seed)
             row["runs"].append(str(Path("runs") / name))
-            row["each"].append(measured(run, campaign, measures))
     for row in rows.values():
         row |= _statistics(row.pop("each"))
     return list(rows.values())
 
 
-def _measure_free(runs: Sequence[Run], campaign: Campaign, measures: str) -> dict[str, str]:
-    """Measure what no other process does, so that several share the work; gives what went wrong, by the run's name."""
-    failed: dict[str, str] = {}
+def _measure_free(runs: Sequence[Run], campaign: Campaign, measures: str) -> None:
+    """Measure what no other process does, so that several share the work; what goes wrong is met again and told."""
     for run in runs:
         if run.folder.finished and measures != "accuracy":
-            try:
+            with suppress(UserError):
                 _measure_robustness(run, campaign, measures, wait=False)
-            except UserError as error:
-                failed[run.folder.path.name] = str(error)
-    return failed
 
 
 def _environments(runs: Sequence[Run]) -> list[dict[str, str]]:

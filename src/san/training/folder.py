@@ -100,8 +100,9 @@ class RunFolder:
         _write(self.path / "versions.txt", "".join(f"{name}: {value}\n" for name, value in facts.items()))
 
     def versions(self) -> dict[str, str]:
-        """What `write_versions` recorded, by its names."""
-        lines = (self.path / "versions.txt").read_text(encoding="utf-8").splitlines()
+        """What `write_versions` recorded last, by its names; empty where its file is gone."""
+        record = self.path / "versions.txt"
+        lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
         return dict(line.split(": ", 1) for line in lines)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import builtins
 import json as jsonlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from san.cli.printing import as_table, progress
@@ -66,17 +67,12 @@ def reproduce(
         json: Print JSON, an object for each table a line.
     """
     given = locals()
-    from san.experiments import TABLES, reproduce
-    from san.experiments.campaign import chosen
+    from san.experiments import reproduce
 
     if list:
         _list_tables(json)
         return
-    if not tables:
-        raise UserError(f"TABLES is missing; choose among: {', '.join(TABLES)}, or ask for --list")
-    labels = [label.strip() for label in only.split(";")] if only else []
-    for table in tables:
-        chosen(table, labels)
+    labels = _labels(only, tables)
     settings = {name: given[name] for name in _OF_TRAIN if given[name] is not None}
     command = shlex.join(["san", *sys.argv[1:]])
     failed: builtins.list[str] = []
@@ -98,6 +94,19 @@ def reproduce(
         failed += _show_table(result, json)
     if failed:
         raise UserError(f"{len(failed)} runs failed, the first because {failed[0]}")
+
+
+def _labels(only: str | None, tables: Sequence[str]) -> list[str]:
+    """Rows that `only` names; raises `UserError` unless every table is known and has them."""
+    from san.experiments import TABLES
+    from san.experiments.campaign import chosen
+
+    if not tables:
+        raise UserError(f"TABLES is missing; choose among: {', '.join(TABLES)}, or ask for --list")
+    labels = [label.strip() for label in only.split(";")] if only else []
+    for table in tables:
+        chosen(table, labels)
+    return labels
 
 
 def _list_tables(json: bool) -> None:
