@@ -196,8 +196,9 @@ def _check_same(run: Run) -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
     asked = vars(started(SimpleNamespace(**{**defaults, **run.settings, "out": str(run.folder.path)})))
     stored = {**defaults, **run.folder.settings()}
-    for name in asked.keys() - {"out", "resume", "data", *OF_THE_MACHINE}:
-        _compare(run, name, stored.get(name), asked[name])
+    for name, value in asked.items():
+        if name not in ("out", "resume", *OF_THE_MACHINE):
+            _compare(run, name, stored.get(name), value)
     # The same images may lie elsewhere on another machine.
     _compare(run, "data", Path(stored["data"]).name, Path(asked["data"]).name)
 
