@@ -287,6 +287,7 @@ def _mistakes(tmp_path, checkpoint, photos):
         "no such option": (["predict", checkpoint, image, "--tpo", 3], "unknown option --tpo, did you mean --top?"),
         "abbreviated option": (["evaluate", checkpoint, "--batch", 3], "unknown option --batch"),
         "no such argument": (["convert", "a", "b", "c"], "unknown argument c"),
+        "value of a switch": (["evaluate", checkpoint, "--json", "false"], "write --NAME or --no-NAME"),
         "missing argument": (["evaluate"], "CHECKPOINT is missing"),
         "missing value": (["evaluate", checkpoint, "--data"], "--data needs a value"),
         "wrong type": (["predict", checkpoint, image, "--top", "x"], "--top must be a whole number, not x"),

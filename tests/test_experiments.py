@@ -169,27 +169,25 @@ def test_other_settings_are_refused(position: tuple[dict[str, Any], Path], image
         _position(other, out)
 
 
-def _begin(out: Path, images: Path, table: str, **settings: Any) -> None:
-    """Folders of a table's runs, begun with other settings than the scale's and never trained."""
-    for run in Campaign(SCALES["digits"], out, str(images), TINY).runs(TABLES[table].variants, 1):
-        run.folder.create({**run.settings, **settings})
-
-
 def test_settings_that_are_not_given_again_are_not_forgotten(images: Path, tmp_path: Path) -> None:
-    _begin(tmp_path, images, "position", image_size=24)
-    for row in _position(images, tmp_path)["rows"]:
-        assert "was trained with image_size 24, not the default" in row["failed"][0]
+    """A run that was begun with them is noticed before the others are trained."""
+    *_, last = Campaign(SCALES["digits"], tmp_path, str(images), TINY).runs(TABLES["position"].variants, 1)
+    last.folder.create({**last.settings, "image_size": 24})
+    with pytest.raises(UserError, match="was trained with image_size 24, not the default: choose another --out"):
+        _position(images, tmp_path)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [last.folder.path.name]
 
 
-def test_a_table_that_fails_does_not_stop_the_next(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for table in ("position", "scalar"):
-        _begin(tmp_path, images, table, image_size=24)
-    assert main(["reproduce", "position", "scalar", "--data", str(images), "--out", str(tmp_path)]) == 2
-    assert "san: error: 6 runs failed, the first because " in capsys.readouterr().err
+def test_a_table_that_fails_does_not_stop_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What went wrong with all its runs is told once."""
+    missing = str(tmp_path / "nowhere")
+    assert main(["reproduce", "position", "scalar", "--data", missing, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "san: error: 6 runs failed, the first because " in error
     for table in ("position", "scalar"):
         assert "Order by" not in (tmp_path / f"{table}.md").read_text()
+    told = [line for line in error.splitlines() if missing in line]
+    assert [line.startswith("san: error") for line in told] == [False, False, True]
 
 
 def test_several_devices_train_the_run_and_no_other(images: Path, tmp_path: Path) -> None:
@@ -279,7 +277,9 @@ def test_every_row_sees_the_same_images_in_the_same_order(images: Path) -> None:
     assert torch.equal(labels[0], labels[1])
 
 
-def test_rotation_and_attack_are_measured_on_the_trained_networks(images: Path, tmp_path: Path) -> None:
+def test_rotation_and_attack_are_measured_on_the_trained_networks(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where the images have moved, and where another process holds the run for a while."""
     places = [tmp_path / place / "images" for place in ("first", "second")]
     shutil.copytree(images, places[0])
@@ -297,6 +297,7 @@ def test_rotation_and_attack_are_measured_on_the_trained_networks(images: Path, 
         with campaign.locked(Path(rotation["rows"][0]["runs"][0]).name):
             attacked = others.submit(reproduce, "pgd", data=str(places[1]), **options)
             assert wait([attacked], timeout=3).not_done
+            assert "waiting for the process that measures baseline_resnet26" in capsys.readouterr().err
         attack = attacked.result()
     assert attack["complete"]
     assert shown[0] == "ResNet26, seed 0: rotation"

@@ -10,6 +10,7 @@ import foolbox
 import numpy as np
 import pytest
 import torch
+from foolbox.attacks.carlini_wagner import best_other_classes
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import pyplot
@@ -35,6 +36,7 @@ from san.evaluation.robustness import (
     attack_images,
     frozen,
     gradient_checks,
+    margin,
     measure,
     pgd,
     random_start,
@@ -254,10 +256,22 @@ def test_pixels_normalised_inside_are_the_network_s_input_bit_by_bit(runs, examp
 # Attack
 
 
+class MarginPGD(foolbox.attacks.LinfPGD):
+    """Foolbox's descent along what its attack of Carlini and Wagner calls the best other class."""
+
+    def get_loss_fn(self, model, labels):
+        def loss(inputs):
+            logits, rows = model(inputs), range(len(labels))
+            return (logits[rows, best_other_classes(logits, labels)] - logits[rows, labels]).sum()
+
+        return loss
+
+
 @pytest.mark.parametrize("form", ["pairwise", "patchwise"])
 @pytest.mark.parametrize("targeted", [False, True], ids=["untargeted", "targeted"])
 @pytest.mark.parametrize("randomly", [False, True], ids=["from the image", "random start"])
-def test_pgd_is_foolbox_s(form, targeted, randomly):
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+def test_pgd_is_foolbox_s(form, targeted, randomly, loss):
     """The same start, steps and step size give the same adversarial images, after every number of iterations."""
     network, images, labels = _network(form), _pixels(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     criterion = foolbox.criteria.TargetedMisclassification if targeted else foolbox.criteria.Misclassification
@@ -267,15 +281,15 @@ def test_pgd_is_foolbox_s(form, targeted, randomly):
         start = images + torch.rand(images.shape, dtype=images.dtype) * 2 * (8 / 255) - 8 / 255
     with frozen(network):
         bounded = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
-        iterates = pgd(network, images, labels, iterations=5, targeted=targeted, start=start)
+        iterates = pgd(network, images, labels, iterations=5, targeted=targeted, start=start, loss=loss)
         next(iterates)
-        for number, (_, found, logits, losses) in enumerate(iterates, 1):
-            other = foolbox.attacks.LinfPGD(abs_stepsize=2 / 255, steps=number, random_start=randomly)
+        for number, (_, found, logits, _) in enumerate(iterates, 1):
+            attack = foolbox.attacks.LinfPGD if loss == "cross_entropy" else MarginPGD
+            other = attack(abs_stepsize=2 / 255, steps=number, random_start=randomly)
             torch.manual_seed(2)
             expected = other.run(bounded, images, criterion(labels), epsilon=8 / 255)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             torch.testing.assert_close(logits, network(found), rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(losses, nn.functional.cross_entropy(logits, labels, reduction="none"))
             assert (found - images).abs().amax((1, 2, 3)).min() > 1 / 255
 
 
@@ -514,6 +528,24 @@ def test_masked_gradients_are_noticed(runs, examples):
     }
 
 
+def test_margin_is_the_distance_to_the_best_other_class():
+    logits = torch.tensor([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0], [-1.0, -1.0, -4.0]])
+    assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [-3.0, 3.0, 0.0]
+
+
+def test_what_a_saturated_softmax_hides_the_margin_finds(tmp_path):
+    """Scores of ±10⁴: the cross-entropy and its gradient are exactly 0, so the attack stays where it is."""
+    examples, saturated = LabelledImages(_grey(tmp_path, [125], [0]), ["dark", "bright"]), Brightness()
+    saturated.scale.data *= 1e6
+    attacks = {loss: Attack(0.1, 0.05, 2, loss=loss) for loss in ("cross_entropy", "margin")}
+    success = {loss: attack_accuracy(saturated, examples, attack)["rows"][-1] for loss, attack in attacks.items()}
+    assert (success["cross_entropy"]["success"], success["margin"]["success"]) == (0.0, 100.0)
+    holds = {loss: gradient_checks({"it": saturated}, examples, attack) for loss, attack in attacks.items()}
+    assert [row["holds"] for row in holds["cross_entropy"]] == [False, False]
+    assert [row["holds"] for row in holds["margin"]] == [True, True]
+    assert "margin" in holds["cross_entropy"][1]["sentence"]
+
+
 def test_transfer_counted_by_hand(tmp_path):
     """Of 0, 115, 125 and 140 of 255, the early one calls 0 and 115 dark; ε = 0.03 lifts 115 above its border alone."""
     examples = LabelledImages(_grey(tmp_path, [0, 115, 125, 140], [0] * 4), ["dark", "bright"])
@@ -609,6 +641,7 @@ def test_broken_images_are_left_out_and_named(tmp_path):
         ({"iterations": 0}, "iterations is 0, but it must be at least 1"),
         ({"restarts": 3}, "all the same: add a random start"),
         ({"seed": -1}, "seed is -1"),
+        ({"loss": "margins"}, "unknown; choose among: cross_entropy, margin"),
     ],
     ids=str,
 )

@@ -113,7 +113,8 @@ def _sentence(message: str, parser: ArgumentParser, function: Callable[..., Any]
         near = _closest(found[1].replace("-", "_"), names).replace("_", "-")
         return f"unknown option --{found[1]}{f', did you mean --{near}?' if near else more}"
     if found := re.match(r"unrecognized arguments: (\S+)", message):
-        return f"unknown argument {found[1]}{more}"
+        switch = found[1].lower() in ("true", "false", "yes", "no")
+        return f"unknown argument {found[1]}{': a switch has no value, write --NAME or --no-NAME' if switch else more}"
     if found := re.match(r"Option '(\S+)' is not accepted", message):
         near = _closest(found[1].replace("-", "_"), names)
         return f"unknown key {found[1]} in the configuration{f', did you mean {near}?' if near else more}"

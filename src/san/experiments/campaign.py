@@ -88,13 +88,16 @@ class Campaign:
     def train(self, runs: Sequence[Run]) -> tuple[list[Run], dict[str, str]]:
         """Train what is not finished; gives the runs that others work on, and what went wrong with a run, by its name.
 
-        What `train` says goes to standard error.
+        What `train` says goes to standard error. Raises `UserError`, before anything is trained, where a folder holds a
+        run of other settings.
         """
+        for run in runs:
+            if run.folder.config.is_file():
+                _check_same(run)
         busy: list[Run] = []
         failed: dict[str, str] = {}
         for number, run in enumerate(runs, 1):
             if run.folder.finished:
-                _check_same(run)
                 continue
             with self.locked(run.folder.path.name) as mine:
                 if mine is None:
@@ -104,8 +107,10 @@ class Campaign:
                 try:
                     _train(run, mine)
                 except UserError as error:
+                    # What fails for every run, such as missing images, is told once.
+                    if str(error) not in failed.values():
+                        print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
                     failed[run.folder.path.name] = str(error)
-                    print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
                 except SystemExit:
                     print(
                         "san: the same command again goes on with this run and all others", file=sys.stderr, flush=True
@@ -120,10 +125,13 @@ class Campaign:
         place.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place / f"{name}.lock")
         try:
-            lock.acquire(blocking=wait)
+            lock.acquire(blocking=False)
         except Timeout:
-            yield None
-            return
+            if not wait:
+                yield None
+                return
+            print(f"waiting for the process that measures {name}", file=sys.stderr, flush=True)
+            lock.acquire()
         try:
             yield lock
         finally:

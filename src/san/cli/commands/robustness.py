@@ -24,6 +24,7 @@ def robustness(
     attack: Literal["both", "untargeted", "targeted", "none"] = "both",
     epsilon: float | str = "8/255",
     step: float | str = "2/255",
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy",
     iterations: int | str = "2,4",
     curve: bool = False,
     random_start: bool = False,
@@ -59,6 +60,7 @@ def robustness(
         attack: Which attacks.
         epsilon: Largest change of a pixel, for pixels from 0 to 1; a fraction or a number.
         step: Change of a pixel in one iteration, likewise.
+        loss: What the attack follows; margin, the distance between logits, still tells where softmax is saturated.
         iterations: After how many iterations to tell the result.
         curve: Go on to 50 iterations, for the chart and JSON, which hold every iteration.
         random_start: Start somewhere within epsilon instead of at the image.
@@ -87,6 +89,7 @@ def robustness(
         restarts=restarts,
         seed=seed,
         checks=checks,
+        loss=loss,
     )
     if figures < 0:
         raise UserError(f"the number of figures is {figures}, but it must be at least 0")

@@ -9,12 +9,14 @@
 from __future__ import annotations
 
 from san.evaluation.robustness.attack import (
+    LOSSES,
     Attack,
     Attacked,
     Iterate,
     attack_accuracy,
     attack_images,
     frozen,
+    margin,
     pgd,
     random_start,
     wrong_labels,
@@ -25,6 +27,7 @@ from san.evaluation.robustness.measuring import Settings, measure
 from san.evaluation.robustness.rotation import VIEWS, rotate, rotation_accuracy, turn
 
 __all__ = [
+    "LOSSES",
     "VIEWS",
     "Attack",
     "Attacked",
@@ -37,6 +40,7 @@ __all__ = [
     "attack_images",
     "frozen",
     "gradient_checks",
+    "margin",
     "measure",
     "pgd",
     "random_start",

@@ -3,12 +3,13 @@
 x₀ is the image or a random start, and x₊ = clip(x ± step·sign(∂loss/∂x)) to within ε of the image and to [0, 1]. An
 untargeted attack raises the loss of the true class, a targeted one lowers that of another class. Every iterate of one
 run is judged, by the logits that its gradient needs anyway: what 50 iterations cost tells of 1 to 50.
-Legend: B images, N iterations, H W their size.
+Losses: `LOSSES`, of which the paper takes the cross-entropy.
+Legend: B images, N iterations, H W their size, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,16 +24,36 @@ from san.evaluation.accuracy import eval_mode
 from san.evaluation.robustness.inputs import LabelledImages, PixelModel, best_classes, percent
 
 __all__ = [
+    "LOSSES",
     "Attack",
     "Attacked",
     "Iterate",
     "attack_accuracy",
     "attack_images",
     "frozen",
+    "margin",
     "pgd",
     "random_start",
     "wrong_labels",
 ]
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the largest other logit exceeds the label's: [B], of logits [B, C], C ≥ 2, and labels int64 [B].
+
+    Positive just where another class wins. Its gradient does not vanish where softmax is saturated, as that of the
+    cross-entropy does (Carlini, Wagner, 2017, f₆ without its bound).
+    """
+    label = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(label, -torch.inf).amax(1) - logits[label]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": _cross_entropy, "margin": margin}
+"""Functions of logits [B, C] and labels [B] that an attack can follow, [B], the larger the less the label wins."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +62,10 @@ class Attack:
 
     `epsilon` is the largest change of a pixel and `step` that of one iteration, for pixels in [0, 1]. A `targeted`
     attack aims at a wrong class, which `wrong_labels` draws. `random_start` begins at `random_start` instead of the
-    image; of `restarts` such runs each image's first that reaches the aim counts. `seed` fixes everything drawn.
+    image; of `restarts` such runs each image's first that reaches the aim counts. `seed` fixes everything drawn. `loss`
+    is one of `LOSSES`; the paper's is the cross-entropy.
 
-    Raises `UserError` for values out of range.
+    Raises `UserError` for values out of range and an unknown loss.
     """
 
     epsilon: float = 8 / 255
@@ -53,6 +75,7 @@ class Attack:
     random_start: bool = False
     restarts: int = 1
     seed: int = 0
+    loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
         for name in ("epsilon", "step"):
@@ -63,6 +86,8 @@ class Attack:
                 raise UserError(f"{name} is {value}, but it must be at least 1")
         if self.seed < 0:
             raise UserError(f"the seed is {self.seed}, but it must be at least 0")
+        if self.loss not in LOSSES:
+            raise UserError(f"loss {self.loss!r} is unknown; choose among: {', '.join(LOSSES)}")
         if self.restarts > 1 and not self.random_start:
             raise UserError(f"{self.restarts} restarts from the image itself are all the same: add a random start")
 
@@ -72,7 +97,7 @@ class Iterate(NamedTuple):
 
     images: [B, 3, H, W], pixels.
     logits: [B, C] of these images.
-    losses: [B], cross-entropy with the labels of the attack.
+    losses: [B], with the labels of the attack.
     """
 
     number: int
@@ -89,7 +114,7 @@ class Attacked:
         images: [B, 3, H, W], after N iterations.
         predicted: int64 [N+1, B], likeliest classes, as `best_classes`.
         reached: bool [N+1, B], whether these are the aim: the target, or anything but the true class.
-        losses: [N+1, B], cross-entropy with the target or the true class.
+        losses: [N+1, B], with the target or the true class.
     """
 
     images: Tensor
@@ -118,6 +143,7 @@ def pgd(
     iterations: int = 4,
     targeted: bool = False,
     start: Tensor | None = None,
+    loss: str = "cross_entropy",
 ) -> Iterator[Iterate]:
     """Attack images; yields the start and what each iteration makes of it, `iterations` + 1 in all.
 
@@ -133,25 +159,28 @@ def pgd(
         iterations: How many.
         targeted: Whether to come nearer to the labels instead of away from them.
         start: Where to begin, [B, C, H, W]; default the images.
+        loss: One of `LOSSES`.
     """
     images = images.detach()
     lowest, highest = (images - epsilon).clamp(min=0), (images + epsilon).clamp(max=1)
     x = torch.clamp(images if start is None else start, lowest, highest)
     for number in range(iterations):
-        logits, losses, gradient = _differentiated(network, x, labels)
+        logits, losses, gradient = _differentiated(network, x, labels, LOSSES[loss])
         yield Iterate(number, x, logits, losses)
         x = torch.clamp(x + (-step if targeted else step) * gradient.sign(), lowest, highest)
     with torch.no_grad():
         logits = network(x)
-    yield Iterate(iterations, x, logits, F.cross_entropy(logits, labels, reduction="none"))
+    yield Iterate(iterations, x, logits, LOSSES[loss](logits, labels))
 
 
-def _differentiated(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiated(
+    network: nn.Module, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, each image's loss, and its gradient by the image."""
     with torch.enable_grad():
         x = images.detach().requires_grad_()
         logits = network(x)
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = loss(logits, labels)
         # Images do not mix in eval mode, so the gradient of the sum holds that of each.
         (gradient,) = torch.autograd.grad(losses.sum(), x)
     return logits.detach(), losses.detach(), gradient
@@ -217,11 +246,9 @@ def attack_images(
 
 
 def _run(network: PixelModel, images: Tensor, aims: Tensor, attack: Attack, start: Tensor | None) -> Attacked:
-    sizes = {"epsilon": attack.epsilon, "step": attack.step}
+    how = {name: getattr(attack, name) for name in ("epsilon", "step", "iterations", "targeted", "loss")}
     predicted, losses, last = [], [], images
-    for iterate in pgd(
-        network, images, aims, **sizes, iterations=attack.iterations, targeted=attack.targeted, start=start
-    ):
+    for iterate in pgd(network, images, aims, **how, start=start):
         predicted.append(best_classes(iterate.logits)[:, 0])
         losses.append(iterate.losses)
         last = iterate.images
@@ -244,8 +271,8 @@ def attack_accuracy(model: nn.Module, examples: LabelledImages, attack: Attack |
 
     Returns:
         `images`, `top1` without attack, and `rows` of `iterations`, `success` (None where there was nothing to
-        attack), `top1` and `loss`, the mean cross-entropy with the true class or the target over the images whose
-        loss is a finite number after every number of iterations (None if there are none: scores may overflow).
+        attack), `top1` and `loss`, the attack's mean loss with the true class or the target over the images whose loss
+        is a finite number after every number of iterations (None if there are none: scores may overflow).
 
     Raises:
         UserError: As `LabelledImages.batches`.

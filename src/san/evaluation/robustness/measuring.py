@@ -46,6 +46,7 @@ class Settings:
     restarts: int = 1
     seed: int = 0
     checks: bool = True
+    loss: str = "cross_entropy"
 
     def __post_init__(self) -> None:
         if wrong := [aim for aim in self.aims if aim not in AIMS]:
@@ -68,6 +69,7 @@ class Settings:
             self.random_start,
             self.restarts,
             self.seed,
+            self.loss,
         )
 
 

@@ -11,8 +11,9 @@ MEANINGS = {
     "rotation": "top-1 in percent on images turned clockwise, and flipped so that top and bottom change places",
     "angles": "top-1 in percent on images turned clockwise by any angle (degrees), corners filled with the mean colour",
     "attacks": (
-        "PGD within L∞ ≤ {epsilon:.3g} of pixels in [0, 1], steps of {step:.3g}, from {start}; success: percent of the "
-        "images that reached the target, or were right at first and no longer are; top-1 of all images, attacked"
+        "PGD on the {loss} within L∞ ≤ {epsilon:.3g} of pixels in [0, 1], steps of {step:.3g}, from {start}; success: "
+        "percent of the images that reached the target, or were right at first and no longer are; top-1 of all images, "
+        "attacked"
     ),
 }
 
@@ -36,7 +37,8 @@ def meaning(table: str, settings: dict[str, Any]) -> str:
     """What the columns of a table are."""
     restarts = f", {settings['restarts']} times" if settings["restarts"] > 1 else ""
     start = f"a random start{restarts}" if settings["random_start"] else "the image itself"
-    return MEANINGS[table].format(epsilon=settings["epsilon"], step=settings["step"], start=start)
+    loss = {"cross_entropy": "cross-entropy", "margin": "margin between logits"}[settings["loss"]]
+    return MEANINGS[table].format(loss=loss, epsilon=settings["epsilon"], step=settings["step"], start=start)
 
 
 def check_lines(result: dict[str, Any]) -> list[str]:
