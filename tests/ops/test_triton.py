@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import san
 from san import ops
@@ -37,7 +39,7 @@ def call(problem: Any, backend: str = "triton") -> Tensor:
         return getattr(ops, problem.operator)(*problem.arguments, **problem.options)
 
 
-class Operator(torch.nn.Module):
+class Operator(nn.Module):
     """An operator as a module, for tracers."""
 
     def __init__(self, problem: Any) -> None:
@@ -225,6 +227,61 @@ def _with_gradients(case: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     problem = case.build(torch.float32)
     y = call(problem)
     return y, torch.autograd.grad(y.square().sum(), list(problem.tensors.values()))
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators of this package that are called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "san":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
+    """Makes tensors without data, also on a GPU that is not there; it is asked for what an H200 would answer."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=232448)
+    )
+    return FakeTensorMode()
+
+
+# The first layer of patchwise γ once for the query and once for the footprint of the key.
+PATCHWISE = {"triton_patchwise_hidden": 20, "triton_attend_hidden": 10}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize(("form", "expected"), [("pairwise", {"triton_pairwise": 10}), ("patchwise", PATCHWISE)])
+def test_a_network_on_a_gpu_takes_the_kernels_by_itself(
+    form: str, training: bool, expected: dict[str, int], gpu: FakeTensorMode
+) -> None:
+    """In all ten attention layers of SAN10, with no configuration."""
+    with gpu, torch.device("cuda"), Called() as called, torch.set_grad_enabled(training):
+        network = san.create_model(f"san10_{form}").train(training)
+        assert network(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
+    assert {name: called.names.count(name) for name in called.names} == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "sentence"),
+    [
+        ("triton", torch.float64, "triton computes in float32, bfloat16 and float16, but a tensor is torch.float64"),
+        ("native", torch.float32, "native runs on the CPU, but the tensors are on cuda:0"),
+    ],
+)
+def test_forcing_what_cannot_run_on_a_gpu_is_refused(
+    backend: str, dtype: torch.dtype, sentence: str, gpu: FakeTensorMode
+) -> None:
+    with gpu, torch.device("cuda"), ops.use_backend(backend):
+        value, weight = torch.randn(1, 32, 8, 8, dtype=dtype), torch.randn(1, 4, 9, 64, dtype=dtype)
+        with pytest.raises(ValueError, match=f"backend {backend} cannot run this call: {sentence}"):
+            ops.aggregation(value, weight, kernel_size=3)
 
 
 def test_gpus_with_little_shared_memory_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def reproduce(
 
     Returns:
         The table as `san.experiments.results.summary` describes it, with `files` written and `busy`, the number of
-        runs that other processes work on.
+        runs that other processes still work on.
 
     Raises:
         UserError: A name or setting is wrong, or the folder holds runs of other settings.
@@ -66,4 +66,5 @@ def reproduce(
     runs = campaign.runs(variants, seeds)
     busy, failed = campaign.train(shard_of(runs, shard))
     result = summary(table, campaign, runs, failed)
-    return {**result, "files": [str(path) for path in write(result, folder, command)], "busy": len(busy)}
+    files = [str(path) for path in write(result, folder, command)]
+    return {**result, "files": files, "busy": sum(not run.folder.finished for run in busy)}
