@@ -734,10 +734,11 @@ def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines() if line]
     assert lines[0] == ["model", "0°", "90°", "180°", "270°", "upside-down"]
-    assert [line[0] for line in lines[1:3]] == runs
-    assert ["angle", *runs] in lines
+    short = ["pairwise", "patchwise"]
+    assert [line[0] for line in lines[1:3]] == short, "without the folder that both lie in"
+    assert ["angle", *short] in lines
     assert [line[:3] for line in lines if line[0].endswith("targeted")] == [
-        [aim, number, name] for aim in ("untargeted", "targeted") for number in ("2", "4") for name in runs
+        [aim, number, name] for aim in ("untargeted", "targeted") for number in ("2", "4") for name in short
     ]
     assert sum(line[0] == "holds:" for line in lines) == 6
     assert "24 test images of " in out
@@ -756,6 +757,7 @@ def test_command_prints_tables_and_keeps_files(run, runs, tmp_path):
         with Image.open(tmp_path / "r" / name) as picture:
             assert len(np.unique(np.asarray(picture))) > 50
     result = json.loads((tmp_path / "r" / "robustness.json").read_text())
+    assert result["checkpoints"] == dict(zip(short, runs, strict=True))
     for row in result["models"]:
         assert f"{row['attacks']['untargeted']['rows'][4]['success']:.2f}" in page
         assert row["rotation"]["views"][0]["top1"] == row["attacks"]["targeted"]["top1"] == 100.0
@@ -795,7 +797,7 @@ def test_command_refuses_what_cannot_be_compared(run, runs, images, tmp_path):
             "--data",
             other,
         ),
-        f"{runs[0]} is named twice": (runs[0], runs[0]),
+        f"{runs[0]}/ is named twice": (runs[0], f"{runs[0]}/"),
         "CHECKPOINTS is missing": (),
         "limited to 0, but it must be at least 1": (runs[0], "--limit", 0),
         "epsilon is -0.00392157, but pixels go from 0 to 1": (runs[0], "--epsilon=-1/255"),

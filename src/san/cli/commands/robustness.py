@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,24 +96,36 @@ def robustness(
         raise UserError(f"the number of figures is {figures}, but it must be at least 0")
     options = {"batch_size": batch_size, "workers": workers, "max_broken": max_broken}
     models = _models(checkpoints, device)
+    named = dict(zip(models, checkpoints, strict=True))
     examples = _examples(checkpoints, data, split, limit, options)
     # Before anything is measured: a missing package or folder should not cost the results.
     write = _robustness_writer(out, models, examples, settings, figures) if out is not None else lambda result: []
-    result = measure(models, examples, settings)
+    result = {**measure(models, examples, settings), "checkpoints": named}
     written = write(result)
     _show_robustness(result, written, json)
 
 
 def _models(checkpoints: Sequence[str], device: str | None) -> dict[str, Any]:
-    """Every checkpoint's model, by the name that was given."""
+    """Every checkpoint's model, by the part of its path that tells it from the others."""
     from san.checkpoints import load_model
 
     if not checkpoints:
         raise UserError("CHECKPOINTS is missing; name run folders, .safetensors files or published .pth")
-    if twice := [name for place, name in enumerate(checkpoints) if name in checkpoints[:place]]:
+    paths = [Path(name) for name in checkpoints]
+    if twice := [name for place, name in enumerate(checkpoints) if paths[place] in paths[:place]]:
         raise UserError(f"{twice[0]} is named twice; name each checkpoint once")
     place = chosen_device(device)
-    return {name: load_model(name).to(place) for name in checkpoints}
+    labels = _without_common_folder(checkpoints)
+    return {label: load_model(name).to(place) for label, name in zip(labels, checkpoints, strict=True)}
+
+
+def _without_common_folder(paths: Sequence[str]) -> list[str]:
+    """Paths as seen from the folder that all lie in; a single one, and those without such a folder, as given."""
+    folders = {Path(path).parent for path in paths}
+    if len(paths) == 1 or len({folder.is_absolute() for folder in folders}) == 2:
+        return list(paths)
+    common = os.path.commonpath(folders)
+    return [str(Path(path).relative_to(common)) for path in paths]
 
 
 def _examples(checkpoints: Sequence[str], data: str | None, split: str, limit: int | None, options: Any) -> Any:
