@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import san
 from san.checkpoints import load_model, save_model
 from san.cli import COMMANDS, Command, main
+from san.cli.printing import progress
 from tiny_run import make_images
 
 SAN = [sys.executable, "-m", "san"]
@@ -261,6 +262,24 @@ def test_options_from_a_file_yield_to_the_line(run, tmp_path):
     words = ("complexity", "san4_pairwise", "--config", tmp_path / "small.yaml")
     (small,), (large,) = json.loads(run(*words)[1]), json.loads(run(*words, "--input-size=64")[1])
     assert 3.5 < large["macs"] / small["macs"] < 4.5
+
+
+def test_arguments_from_a_file_yield_to_the_line_wherever_it_stands(run, tmp_path):
+    file = tmp_path / "networks.yaml"
+    file.write_text("networks: [san4_pairwise, san10_pairwise]\ninput_size: 32\njson: true\n")
+
+    def models(*words):
+        return [row["model"] for row in json.loads(run("complexity", *words)[1])]
+
+    assert models("--config", file) == ["san4_pairwise", "san10_pairwise"]
+    for words in (("san4_patchwise", "--config", file), (f"--config={file}", "san4_patchwise")):
+        assert models(*words) == ["san4_patchwise"]
+
+
+def test_progress_is_told_line_by_line_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("san.cli.printing.SECONDS", 0.0)
+    assert list(progress([10, 11], "judging")) == [10, 11]
+    assert capsys.readouterr() == ("", "judging: 0 of 2\njudging: 1 of 2\n")
 
 
 # Mistakes: one sentence, exit code 2, nothing on standard output

@@ -184,10 +184,79 @@ def test_a_table_that_fails_does_not_stop_the_next(tmp_path: Path, capsys: pytes
     assert main(["reproduce", "position", "scalar", "--data", missing, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "san: error: 6 runs failed, the first because " in error
-    for table in ("position", "scalar"):
-        assert "Order by" not in (tmp_path / f"{table}.md").read_text()
+    assert [path.name for path in tmp_path.glob("*.*")] == [], "a table of nothing is not written"
     told = [line for line in error.splitlines() if missing in line]
     assert [line.startswith("san: error") for line in told] == [False, False, True]
+
+
+def test_what_fits_no_run_is_told_before_any_is_begun(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--epochs must be at least 1, not 0"):
+        _position(images, tmp_path, settings={**TINY, "epochs": 0})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_that_failed_does_not_block_the_folder(images: Path, tmp_path: Path) -> None:
+    """Of a run that never trained a step nothing is left, so it may be tried with other settings."""
+    row = _position(images, tmp_path, only=["none"], settings={**TINY, "image_size": 1})["rows"][0]
+    assert "poolings need at least" in row["failed"][0]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_images_to_rotate_are_asked_for_before_training(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images / "train", tmp_path / "untested" / "train")
+    with pytest.raises(UserError, match="no test images"):
+        reproduce("rotation", data=str(tmp_path / "untested"), out=tmp_path / "out", settings=TINY)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def _copy(position: tuple[dict[str, Any], Path], place: Path) -> tuple[Path, Path]:
+    """A campaign's copy, and the first run in it."""
+    result, out = position
+    shutil.copytree(out, place)
+    return place, place / result["rows"][0]["runs"][0]
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "checkpoints/test-last.json"])
+def test_a_damaged_file_costs_its_row_alone(
+    file: str, position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
+) -> None:
+    out, run = _copy(position, tmp_path / "copy")
+    (run / file).write_bytes(b"\xff[]")
+    first, *others = _position(images, out, seeds=2)["rows"]
+    assert [row["seeds"] for row in (first, *others)] == [[1], [0, 1], [0, 1]]
+    assert f"{run} is damaged" in first["failed"][0]
+    assert f"- Failed: {first['label']}: {run} is damaged" in (out / "position.md").read_text()
+
+
+def test_settings_that_cannot_be_read_are_named(
+    position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
+) -> None:
+    out, run = _copy(position, tmp_path / "copy")
+    (run / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml is damaged: delete .* and train this run again"):
+        _position(images, out, seeds=2)
+
+
+def test_a_lost_model_is_made_again(position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path) -> None:
+    out, run = _copy(position, tmp_path / "copy")
+    before = load_file(run / "model.safetensors")
+    (run / "model.safetensors").unlink()
+    assert _numbers(_position(images, out, seeds=2)) == _numbers(position[0])
+    after = load_file(run / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_page_says_which_images_its_numbers_are_of(
+    position: tuple[dict[str, Any], Path], images: Path, tmp_path: Path
+) -> None:
+    out, run = _copy(position, tmp_path / "copy")
+    assert "Percent of 24 test images, last epoch" in (out / "position.md").read_text()
+    assert "same images, order" in (out / "position.md").read_text()
+    (run / "checkpoints" / "test-last.json").unlink()
+    assert _position(images, out, seeds=2)["rows"][0]["images"] == ["validation images", "24 test images"]
+    page = (out / "position.md").read_text()
+    assert "Rows do not compare: they were judged by different images, 24 test images and validation images." in page
+    assert "same images" not in page
 
 
 def test_several_devices_train_the_run_and_no_other(images: Path, tmp_path: Path) -> None:
@@ -305,6 +374,8 @@ def test_rotation_and_attack_are_measured_on_the_trained_networks(
     assert rotation["rows"][0]["means"]["0°"] == pytest.approx(attack["rows"][0]["means"]["top1"])
     assert attack["rows"][0]["means"]["untargeted top1 4"] <= attack["rows"][0]["means"]["untargeted top1 0"]
     assert "targeted 4: success" in columns(attack)[0]
+    assert "within L∞ ≤ 0.0314" in (tmp_path / "out" / "pgd.md").read_text()
+    assert attack["attack"]["step"] == 2 / 255
     assert "upside-down" in columns(rotation)[0]
 
 
@@ -329,6 +400,7 @@ def test_the_order_is_compared_with_the_reported_one() -> None:
         (["relation", "--shard", "2/2"], "--shard must be i/n"),
         (["relation", "--base", "resnet"], "base network 'resnet' is unknown"),
         (["main", "--scale", "imagenet"], "give --data WHERE"),
+        (["relation", "--workers", "-1"], "--workers must be 0 or more, not -1"),
     ],
 )
 def test_mistakes_end_in_a_sentence(

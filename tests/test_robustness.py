@@ -47,6 +47,7 @@ from san.evaluation.robustness import (
     wrong_labels,
 )
 from san.evaluation.robustness.figures import draw_angles, draw_attacked
+from san.evaluation.robustness.tables import check_lines
 from san.training import train
 from tiny_run import NETWORK, make_images, settings
 
@@ -555,6 +556,8 @@ def test_transfer_counted_by_hand(tmp_path):
     found = [(row["source"], row["model"], row["transfer"], row["white_box"]) for row in rows[4:]]
     third = pytest.approx(100 / 3)
     assert found == [("usual", "early", 50.0, 50.0), ("early", "usual", third, third)]
+    still = gradient_checks({"early": Brightness(0.47), "usual": Brightness(0.5)}, examples, Attack(0, 0.03, 1))
+    assert [row["holds"] for row in still[4:]] == [None, None], "nothing to compare"
 
 
 class Waves(Hand):
@@ -575,8 +578,13 @@ def test_a_loss_that_falls_again_is_noticed(tmp_path):
     first, highest, last = row["losses"]
     assert first < last < highest
     assert row["holds"] is False
+    assert row["sentence"].endswith("in 2 iterations, but it falls in between")
+    (line, _, warning) = check_lines({"checks": [row, {**row, "holds": True}]})
+    assert line.startswith("FAILS: loss, waves: ")
+    assert "gradients may be masked" in warning
     (row, _) = gradient_checks({"waves": Waves()}, examples, Attack(0.1, 0.03, 1))
     assert row["holds"] is True
+    assert not row["sentence"].endswith("between")
     (row, _) = gradient_checks({"waves": Waves()}, examples, Attack(0, 0.03, 1))
     assert row["holds"] is None
 
@@ -768,9 +776,13 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_the_numbers(run, runs, tmp
         raise UserError("no room for pictures")
 
     monkeypatch.setattr("san.evaluation.robustness.figures.write_images", fail)
+    for name in ("attacked-2-old.png", "angles.svg", "mine.png"):
+        (tmp_path / name).write_text("of an earlier run")
     words = ("--limit", 2, "--no-checks", "--no-rotation", "--out", tmp_path)
     assert run(runs[0], *words)[::2] == (2, "san: error: no room for pictures\n")
     assert json.loads((tmp_path / "robustness.json").read_text())["images"] == 2
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"robustness.json", "robustness.md", "iterations.png", "iterations.svg", "mine.png"}
 
 
 def test_command_prints_json_of_some_images(run, runs, images):
@@ -805,6 +817,7 @@ def test_command_refuses_what_cannot_be_compared(run, runs, images, tmp_path):
         "--step takes numbers and fractions such as 8/255, not 1,2": (runs[0], "--step", "1,2"),
         "--angles takes numbers and fractions such as 8/255, not a": (runs[0], "--angles", "a,b"),
         "the batch size is 0": (runs[0], "--batch-size", 0),
+        "the number of workers is -1": (runs[0], "--workers=-1"),
         "the number of figures is -1": (runs[0], "--figures", -1),
     }
     for sentence, words in mistakes.items():

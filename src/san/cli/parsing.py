@@ -11,8 +11,9 @@ import inspect
 import re
 import types
 import typing
-from argparse import ArgumentError, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Literal
 
 import docstring_parser
@@ -33,8 +34,7 @@ def call(name: str, function: Callable[..., Any], words: list[str], examples: st
     """Call `function` with the arguments that a command line gives.
 
     Parameters without a default and `*parameters` become positional, the others options, of which a `list[str]` may be
-    given several times; `--config FILE` reads options from YAML, and what stands behind it on the line overrides the
-    file.
+    given several times; `--config FILE` reads arguments from YAML, and what stands on the line overrides the file.
 
     Args:
         name: What the user typed in front, such as "san train".
@@ -47,13 +47,13 @@ def call(name: str, function: Callable[..., Any], words: list[str], examples: st
     """
     parser, lists = _parser(name, function, examples), _lists(function)
     try:
-        namespace = parser.parse_args([_dashed(word, lists) for word in words])
+        namespace = parser.parse_args([_dashed(word, lists) for word in _config_first(words)])
         values = vars(parser.instantiate(namespace))
     except ArgumentError as error:
         raise UserError(_sentence(str(error), parser, function)) from None
     parameters = inspect.signature(function).parameters.values()
     positional = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    rest = [word for p in parameters if p.kind is p.VAR_POSITIONAL for word in values.pop(p.name)]
+    rest = [word for p in parameters if p.kind is p.VAR_POSITIONAL for word in values.pop(p.name, [])]
     del values["config"]
     return function(*positional, *rest, **values)
 
@@ -80,7 +80,7 @@ def _parser(name: str, function: Callable[..., Any], examples: str) -> ArgumentP
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str | None) -> None:
     option = "--" + parameter.name.replace("_", "-")
     if parameter.kind is parameter.VAR_POSITIONAL:
-        parser.add_argument(parameter.name, nargs="*", type=hint, default=[], help=text)
+        parser.add_argument(parameter.name, nargs="*", type=hint, default=SUPPRESS, help=text)
     elif parameter.default is parameter.empty:
         parser.add_argument(parameter.name, type=hint, help=text)
     elif hint is bool:
@@ -94,6 +94,19 @@ def _lists(function: Callable[..., Any]) -> set[str]:
     hints = typing.get_type_hints(function).items()
     lists = [name for name, hint in hints if any(each == list[str] for each in (hint, *typing.get_args(hint)))]
     return {"--" + name.replace("_", "-") for name in lists}
+
+
+def _config_first(words: list[str]) -> list[str]:
+    """The words with `--config FILE` in front, because jsonargparse lets whatever comes later win."""
+    first: list[str] = []
+    rest: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--config":
+            first += [word, *islice(left, 1)]
+        else:
+            (first if word.startswith("--config=") else rest).append(word)
+    return first + rest
 
 
 def _dashed(word: str, lists: set[str]) -> str:

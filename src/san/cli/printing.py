@@ -1,20 +1,34 @@
-"""How commands show things: tables on standard output, progress on standard error and only to a terminal."""
+"""How commands show things: tables on standard output, progress on standard error, as a bar or now and then a line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 __all__ = ["as_table", "progress"]
 
+SECONDS = 30.0
+"""Between two lines about progress where there is no terminal."""
+
 
 def progress(batches: Any, what: str = "judging") -> Iterable[Any]:
-    """The batches, with a bar on a terminal that tells how many have been taken."""
+    """The batches, with a bar on a terminal that tells how many have been taken, elsewhere a line every `SECONDS`."""
     from rich.console import Console
     from rich.progress import track
 
     terminal = Console(stderr=True)
-    return track(batches, what, console=terminal, transient=True, disable=not terminal.is_terminal)
+    return track(batches, what, console=terminal, transient=True) if terminal.is_terminal else _told(batches, what)
+
+
+def _told(batches: Any, what: str) -> Iterator[Any]:
+    last = time.monotonic()
+    for number, batch in enumerate(batches):
+        if time.monotonic() - last >= SECONDS:
+            last = time.monotonic()
+            print(f"{what}: {number} of {len(batches)}", file=sys.stderr, flush=True)
+        yield batch
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:

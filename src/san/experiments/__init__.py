@@ -8,9 +8,10 @@ from typing import Any
 
 from san.errors import UserError
 from san.evaluation.robustness import Progress, silently
+from san.evaluation.speed.chart import make_folder
 from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
 from san.experiments.report import columns, write
-from san.experiments.results import summary
+from san.experiments.results import check_images, summary
 from san.experiments.tables import SCALES, TABLES
 
 __all__ = ["SCALES", "TABLES", "columns", "reproduce"]
@@ -35,7 +36,7 @@ def reproduce(
 
     A run folder for every variant and seed lies in `out`/runs; a finished one is never trained again, one that was
     killed goes on, and one that another process works on is left to it. What is finished then makes the table, as
-    `out`/TABLE.md, .json, .png and .svg.
+    `out`/TABLE.md, .json, .png and .svg. Where every run fails nothing is written.
 
     Args:
         table: One of `TABLES`.
@@ -56,15 +57,19 @@ def reproduce(
         runs that other processes still work on.
 
     Raises:
-        UserError: A name or setting is wrong, or the folder holds runs of other settings.
+        UserError: A name or setting is wrong, the folder holds runs of other settings or cannot be made, or there are
+            no test images to rotate or attack.
     """
     if seeds < 1:
         raise UserError(f"the number of seeds is {seeds}, but it must be at least 1")
     variants = chosen(table, only)
     folder = Path(out) if out is not None else Path("runs") / f"reproduce-{scale}"
     campaign = Campaign(scale_of(scale, base, small_images), folder, data, settings or {}, progress)
+    make_folder(folder)
     runs = campaign.runs(variants, seeds)
+    check_images(campaign, runs, TABLES[table].measures)
     busy, failed = campaign.train(shard_of(runs, shard))
     result = summary(table, campaign, runs, failed)
-    files = [str(path) for path in write(result, folder, command)]
+    nothing = bool(failed) and not any(row["seeds"] for row in result["rows"])
+    files = [] if nothing else [str(path) for path in write(result, folder, command)]
     return {**result, "files": files, "busy": sum(not run.folder.finished for run in busy)}

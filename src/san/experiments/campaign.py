@@ -31,7 +31,7 @@ from san.experiments.tables import SCALES, TABLES, Scale, Variant
 from san.training import train
 from san.training.folder import RunFolder
 from san.training.interruption import Interrupted, StopRequest
-from san.training.settings import OF_THE_MACHINE, started
+from san.training.settings import OF_THE_MACHINE, check, started
 from san.weights import NETWORKS
 
 __all__ = ["Campaign", "Run", "chosen", "scale_of", "shard_of"]
@@ -89,11 +89,9 @@ class Campaign:
         """Train what is not finished; gives the runs that others work on, and what went wrong with a run, by its name.
 
         What `train` says goes to standard error. Raises `UserError`, before anything is trained, where a folder holds a
-        run of other settings.
+        run of other settings, or a setting fits no run.
         """
-        for run in runs:
-            if run.folder.config.is_file():
-                _check_same(run)
+        _check(runs)
         busy: list[Run] = []
         failed: dict[str, str] = {}
         for number, run in enumerate(runs, 1):
@@ -111,6 +109,7 @@ class Campaign:
                     if str(error) not in failed.values():
                         print(f"san: {run.variant.label}, seed {run.seed}: {error}", file=sys.stderr, flush=True)
                     failed[run.folder.path.name] = str(error)
+                    run.folder.forget_unless_trained()
                 except SystemExit:
                     print(
                         "san: the same command again goes on with this run and all others", file=sys.stderr, flush=True
@@ -199,16 +198,32 @@ def _tell(process: subprocess.Popen[Any], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
+def _check(runs: Sequence[Run]) -> None:
+    """Raise `UserError` where a folder holds a run of other settings, or a setting fits no run."""
+    for run in runs:
+        if run.folder.config.is_file():
+            _check_same(run)
+        else:
+            check(_complete(run))
+
+
 def _check_same(run: Run) -> None:
     """Raise `UserError` where the folder holds a run of other settings, given ones or `train`'s own."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    asked = vars(started(SimpleNamespace(**{**defaults, **run.settings, "out": str(run.folder.path)})))
-    stored = {**defaults, **run.folder.settings()}
+    asked, stored = vars(_complete(run)), {**_defaults(), **run.folder.settings()}
     for name, value in asked.items():
         if name not in ("out", "resume", *OF_THE_MACHINE):
             _compare(run, name, stored.get(name), value)
     # The same images may lie elsewhere on another machine.
     _compare(run, "data", Path(stored["data"]).name, Path(asked["data"]).name)
+
+
+def _defaults() -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+
+
+def _complete(run: Run) -> SimpleNamespace:
+    """All settings with which `train` would start this run."""
+    return started(SimpleNamespace(**{**_defaults(), **run.settings, "out": str(run.folder.path)}))
 
 
 def _compare(run: Run, name: str, stored: Any, asked: Any) -> None:

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
+from san.evaluation.robustness.tables import meaning
 from san.experiments.results import ITERATIONS, agreement, order
 from san.experiments.tables import REPORTED
 from san.training.folder import replacing
@@ -31,8 +32,8 @@ def columns(result: dict[str, Any]) -> list[dict[str, str]]:
 def _row(row: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     means = row["means"]
     cells = {"variant": row["label"]}
-    cells["params (M)"] = f"{means['params'] / 1e6:.2f}" if means else ""
-    cells["cost (G)"] = f"{means['paper_cost'] / 1e9:.3g}" if means else ""
+    cells["params (M)"] = f"{means['params'] / 1e6:#.3g}" if means else ""
+    cells["cost (G)"] = f"{means['paper_cost'] / 1e9:#.3g}" if means else ""
     if result["measures"] == "accuracy":
         cells |= {"top-1": _spread(row, "top1"), "top-5": _spread(row, "top5")}
         cells["ms/step"] = f"{means['step_ms']:.0f}" if means else ""
@@ -44,7 +45,7 @@ def _row(row: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
             cells |= {f"{aim} {n}: success": _spread(row, f"{aim} success {n}") for n in ITERATIONS}
             cells |= {f"{aim} {n}: top-1": _spread(row, f"{aim} top1 {n}") for n in ITERATIONS}
     if result["table"] == "main":
-        cells["paper: top-1"] = f"{REPORTED[row['label']][0]}" if row["label"] in REPORTED else ""
+        cells["ImageNet, paper: top-1"] = f"{REPORTED[row['label']][0]}" if row["label"] in REPORTED else ""
     cells["seeds"] = f"{len(row['seeds'])} of {result['wanted']}" + (
         f", {len(row['failed'])} failed" * bool(row["failed"])
     )
@@ -65,21 +66,40 @@ def as_markdown(result: dict[str, Any], command: str, picture: str | None = None
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     settings = result["settings"]
     how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items() if key != "data")
+    images = sorted({images for row in result["rows"] for images in row["images"]})
+    same = "same images, order" if len(images) < 2 else "same order"
     sections = [
         f"# {result['title']} on {result['data']}",
         result["question"],
         "\n".join(lines),
-        "Percent of test images, last epoch; mean and standard deviation over seeds; cost as the paper counts it, for "
-        "one image of the size trained on; ms/step: the epochs' median, reading and judging images included.",
+        _meaning(result, images),
         "" if result["complete"] else "Not complete: run the command below again to go on.",
+        "\n".join(f"- Failed: {row['label']}: {problem}" for row in result["rows"] for problem in row["failed"]),
         _order(result),
         f"![{result['title'].lower()}]({picture})" if picture else "",
-        f"Settings of every row: {how}; same images, order, augmentation and seeds.",
+        f"Settings of every row: {how}; {same}, augmentation and seeds.",
         "\n".join(f"- Last trained with {_environment(found)}." for found in result["trained_with"]),
         f"Summary of {result['date'][:10]}.",
         f"```sh\n{command}\n```" if command else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _meaning(result: dict[str, Any], images: list[str]) -> str:
+    """What the columns are, and of which images."""
+    of = images[0] if len(images) == 1 else "the images"
+    notes = {
+        "accuracy": "ms/step: the epochs' median, reading and judging images included",
+        "rotation": "images turned clockwise, or flipped so that top and bottom change places, untrained for it",
+        "pgd": meaning("attacks", result.get("attack", {})) if result["measures"] == "pgd" else "",
+    }
+    text = (
+        f"Percent of {of}, last epoch; mean and standard deviation over seeds; cost as the paper counts it, for one "
+        f"image of the size trained on; {notes[result['measures']]}."
+    )
+    if len(images) > 1:
+        text += f" Rows do not compare: they were judged by different images, {' and '.join(images)}."
+    return text
 
 
 def _environment(found: dict[str, str]) -> str:

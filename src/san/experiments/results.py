@@ -7,6 +7,7 @@ import datetime
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from san.checkpoints import load_model
 from san.data import Batch, load_dataset
@@ -25,10 +27,20 @@ from san.experiments.campaign import Campaign, Run
 from san.experiments.tables import REPORTED, TABLES
 from san.training.folder import replacing
 
-__all__ = ["ITERATIONS", "agreement", "measured", "order", "summary"]
+__all__ = ["ATTACK", "ITERATIONS", "agreement", "check_images", "measured", "order", "summary"]
 
 ITERATIONS = (2, 4)
 """Iterations of the attack that a table shows; its chart shows all up to the last."""
+ATTACK = Attack(iterations=max(ITERATIONS))
+"""How networks are attacked, untargeted and targeted; the seed is the run's."""
+DAMAGES = (OSError, ValueError, LookupError, TypeError, yaml.YAMLError)
+"""What reading a file raises whose content is not what was written."""
+
+
+def check_images(campaign: Campaign, runs: Sequence[Run], measures: str) -> None:
+    """Raise `UserError` before anything is trained where there will be no test images to rotate or attack."""
+    if measures != "accuracy" and not all(run.folder.finished for run in runs):
+        load_dataset(runs[0].settings["data"], validation_share=runs[0].settings["validation_share"]).split("test")
 
 
 def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float]:
@@ -58,10 +70,21 @@ def _measure_robustness(run: Run, campaign: Campaign, measures: str, wait: bool)
                     temporary.write_text(json.dumps(_robustness(run, campaign, measures)))
 
 
+def _judged(run: Run) -> Path:
+    """What the test images said of the last epoch; there is no file where there are none."""
+    return run.folder.path / "checkpoints" / "test-last.json"
+
+
+def _images(run: Run) -> str:
+    """Which images the accuracy is of."""
+    if not _judged(run).exists():
+        return "validation images"
+    return f"{np.sum(json.loads(_judged(run).read_text())['confusion'])} test images"
+
+
 def _accuracy(run: Run) -> dict[str, float]:
-    notes = run.folder.path / "checkpoints" / "test-last.json"
-    if notes.exists():
-        plain = json.loads(notes.read_text())
+    if _judged(run).exists():
+        plain = json.loads(_judged(run).read_text())
         confusion = np.array(plain["confusion"])
         images = confusion.sum()
         return {"top1": 100 * np.trace(confusion) / images, "top5": 100 * sum(plain["in_top5"]) / images}
@@ -102,7 +125,7 @@ def _robustness(run: Run, campaign: Campaign, measures: str) -> dict[str, float]
         return {row["view"]: row["top1"] for row in rotation_accuracy(model, examples)["views"]}
     found: dict[str, float] = {}
     for aim in ("untargeted", "targeted"):
-        attack = Attack(iterations=max(ITERATIONS), targeted=aim == "targeted", seed=run.seed)
+        attack = replace(ATTACK, targeted=aim == "targeted", seed=run.seed)
         for row in attack_accuracy(model, examples, attack)["rows"]:
             found |= {f"{aim} {key} {row['iterations']}": row[key] for key in ("success", "top1")}
     return found
@@ -112,9 +135,9 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
     """The table as plain data for JSON.
 
     `rows` have `label`, `model`, `options`, `seeds` (those finished), `means` and `deviations` of every number
-    (deviation None of a single seed), `runs` (folders below the campaign's) and `failed`. Besides: what was asked,
-    settings, `complete`, `trained_with` (machines and versions of the runs), and machine, versions and date of this
-    summary.
+    (deviation None of a single seed), `images` (what they are of), `runs` (folders below the campaign's) and `failed`.
+    Besides: what was asked, settings, the `attack` if there is one, `complete`, `trained_with` (machines and versions of
+    the runs), and machine, versions and date of this summary.
     """
     rows = _rows(runs, campaign, TABLES[table].measures, failed)
     wanted = {run.seed for run in runs}
@@ -123,6 +146,7 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
         "title": TABLES[table].title,
         "question": TABLES[table].question,
         "measures": TABLES[table].measures,
+        **({"attack": asdict(ATTACK)} if TABLES[table].measures == "pgd" else {}),
         "data": Path(runs[0].settings["data"]).name,
         "settings": {key: value for key, value in runs[0].settings.items() if key not in ("model", "options", "seed")},
         "complete": all(len(row["seeds"]) == len(wanted) for row in rows),
@@ -144,23 +168,33 @@ def _rows(runs: Sequence[Run], campaign: Campaign, measures: str, failed: dict[s
         if name in failed:
             row["failed"].append(failed[name])
         elif run.folder.finished:
-            try:
-                row["each"].append(measured(run, campaign, measures))
-            except UserError as error:
-                row["failed"].append(str(error))
-                continue
-            row["seeds"].append(run.seed)
-            row["runs"].append(str(Path("runs") / name))
+            _add(row, run, campaign, measures)
     for row in rows.values():
         row |= _statistics(row.pop("each"))
     return list(rows.values())
+
+
+def _add(row: dict[str, Any], run: Run, campaign: Campaign, measures: str) -> None:
+    """Add what a finished run came to, or why that cannot be told."""
+    try:
+        found, images = measured(run, campaign, measures), _images(run)
+    except UserError as error:
+        row["failed"].append(str(error))
+        return
+    except DAMAGES as error:
+        row["failed"].append(f"{run.folder.path} is damaged ({error}): delete it and run the command again")
+        return
+    row["each"].append(found)
+    row["seeds"].append(run.seed)
+    row["runs"].append(str(Path("runs") / run.folder.path.name))
+    row["images"] += [images] * (images not in row["images"])
 
 
 def _measure_free(runs: Sequence[Run], campaign: Campaign, measures: str) -> None:
     """Measure what no other process does, so that several share the work; what goes wrong is met again and told."""
     for run in runs:
         if run.folder.finished and measures != "accuracy":
-            with suppress(UserError):
+            with suppress(UserError, *DAMAGES):
                 _measure_robustness(run, campaign, measures, wait=False)
 
 
@@ -175,7 +209,7 @@ def _environments(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 def _empty(run: Run) -> dict[str, Any]:
     names = {"label": run.variant.label, "model": run.settings["model"], "options": run.settings["options"]}
-    return {**names, "seeds": [], "runs": [], "failed": [], "each": []}
+    return {**names, "seeds": [], "images": [], "runs": [], "failed": [], "each": []}
 
 
 def _statistics(each: list[dict[str, float]]) -> dict[str, Any]:

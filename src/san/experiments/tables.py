@@ -172,7 +172,7 @@ _SMALL = {
 
 SCALES: dict[str, Scale] = {
     "digits": Scale(
-        "5,000 handwritten digits that come with the package: minutes for a network",
+        "5,000 handwritten digits that come with the package: minutes for a SAN4",
         "digits",
         "san4",
         True,

@@ -161,7 +161,7 @@ def _trainer(settings: SimpleNamespace, journal: Journal) -> Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"Lightning cannot train like that on this machine: {reason}") from error
 

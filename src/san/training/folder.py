@@ -61,8 +61,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """The report is written last, so it tells whether a run came to its end."""
-        return self.report.exists()
+        """The report is written last, so it tells whether a run came to its end; a lost model is made again."""
+        return self.report.exists() and self.model.exists()
 
     def check_free(self) -> None:
         """Raise `UserError` where files lie, of another run for example.
@@ -84,7 +84,13 @@ class RunFolder:
         """What the run was started with; raises `UserError` where there is no run to continue."""
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run folder: it has no config.yaml, so there is nothing to resume")
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        try:
+            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.config} is damaged: delete {self.path} and train this run again")
+        return found
 
     def write_versions(self) -> None:
         """Record what bit-for-bit repetition depends on besides the settings: versions, machine, threads."""
@@ -102,8 +108,14 @@ class RunFolder:
     def versions(self) -> dict[str, str]:
         """What `write_versions` recorded last, by its names; empty where its file is gone."""
         record = self.path / "versions.txt"
-        lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
-        return dict(line.split(": ", 1) for line in lines)
+        lines = record.read_text(encoding="utf-8", errors="replace").splitlines() if record.exists() else []
+        return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+    def forget_unless_trained(self) -> None:
+        """Delete what a run that failed before its first step has left: its settings and versions."""
+        left = [self.config, self.path / "versions.txt"]
+        if self.path.is_dir() and all(each in left for each in self.path.iterdir()):
+            shutil.rmtree(self.path)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv` anew from the rows of all epochs so far; TensorBoard events too, once in a process."""

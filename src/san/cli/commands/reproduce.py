@@ -74,7 +74,7 @@ def reproduce(
         return
     labels = _labels(only, tables)
     settings = {name: given[name] for name in _OF_TRAIN if given[name] is not None}
-    command = shlex.join(["san", *sys.argv[1:]])
+    command = shlex.join(["san", *_without_shard(sys.argv[1:])])
     failed: builtins.list[str] = []
     for table in tables:
         result = reproduce(
@@ -93,7 +93,17 @@ def reproduce(
         )
         failed += _show_table(result, json)
     if failed:
-        raise UserError(f"{len(failed)} runs failed, the first because {failed[0]}")
+        count = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        raise UserError(f"{count} failed, the first because {failed[0]}")
+
+
+def _without_shard(words: Sequence[str]) -> builtins.list[str]:
+    """A command for the whole table."""
+    return [
+        word
+        for place, word in enumerate(words)
+        if not word.startswith("--shard") and words[max(place - 1, 0)] != "--shard"
+    ]
 
 
 def _labels(only: str | None, tables: Sequence[str]) -> list[str]:
@@ -135,10 +145,12 @@ def _show_table(result: dict[str, Any], json: bool) -> list[str]:
     if json:
         print(jsonlib.dumps(result, ensure_ascii=False))
     else:
-        print(as_table(columns(result)))
+        if result["files"]:
+            print(as_table(columns(result)))
         if result["busy"]:
             print(f"{result['busy']} runs are with other processes; run the command again for the whole table")
         elif not result["complete"] and not failed:
             print("not complete: what is missing belongs to other shards")
-        print(f"written: {', '.join(result['files'])}")
+        if result["files"]:
+            print(f"written: {', '.join(result['files'])}")
     return failed

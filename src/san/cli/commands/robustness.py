@@ -166,6 +166,8 @@ def _robustness_writer(
     path = make_folder(folder)
 
     def write(result: dict[str, Any]) -> list[Path]:
+        for old in (each for name in ("angles.*", "iterations.*", "attacked-*.png") for each in path.glob(name)):
+            old.unlink()
         written = write_results(result, path)
         if not (settings.aims and figures):
             return written

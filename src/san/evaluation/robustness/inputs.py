@@ -93,6 +93,8 @@ class LabelledImages:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size is {batch_size}, but it must be at least 1")
+        if workers < 0:
+            raise UserError(f"the number of workers is {workers}, but it must be at least 0")
         self.images, self.class_names = images, class_names
         self.name = f"{len(images)} images" if name is None else name
         self.batch_size, self.workers, self.max_broken, self.progress = batch_size, workers, max_broken, progress

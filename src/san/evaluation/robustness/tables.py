@@ -44,7 +44,10 @@ def meaning(table: str, settings: dict[str, Any]) -> str:
 def check_lines(result: dict[str, Any]) -> list[str]:
     """A sentence for every check that gradients are not masked, with its verdict in front."""
     verdicts = {True: "holds", False: "FAILS", None: "open"}
-    return [f"{verdicts[row['holds']]}: {row['check']}, {row['model']}: {row['sentence']}" for row in result["checks"]]
+    lines = [f"{verdicts[row['holds']]}: {row['check']}, {row['model']}: {row['sentence']}" for row in result["checks"]]
+    if any(row["holds"] is False for row in result["checks"]):
+        lines.append("Where a check FAILS gradients may be masked, and the network weaker than the attacks above tell.")
+    return lines
 
 
 def as_markdown(result: dict[str, Any], pictures: Sequence[str] = ()) -> str:
