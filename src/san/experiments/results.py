@@ -136,8 +136,8 @@ def summary(table: str, campaign: Campaign, runs: Sequence[Run], failed: dict[st
 
     `rows` have `label`, `model`, `options`, `seeds` (those finished), `means` and `deviations` of every number
     (deviation None of a single seed), `images` (what they are of), `runs` (folders below the campaign's) and `failed`.
-    Besides: what was asked, settings, the `attack` if there is one, `complete`, `trained_with` (machines and versions of
-    the runs), and machine, versions and date of this summary.
+    Besides: what was asked, settings, the `attack` if there is one, `complete`, `trained_with` (machines and versions
+    of the runs), and machine, versions and date of this summary.
     """
     rows = _rows(runs, campaign, TABLES[table].measures, failed)
     wanted = {run.seed for run in runs}
