@@ -300,6 +300,7 @@ def _mistakes(tmp_path, checkpoint, photos):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.yaml").write_text("top: [\n")
     (tmp_path / "unknown.yaml").write_text("tpo: 3\n")
+    (tmp_path / "word.yaml").write_text("networks: san4_pairwise\n")
     image = f"{photos}/val/cat/0.png"
     return {
         "no such command": (["trian"], "unknown command trian; the commands are train, evaluate"),
@@ -315,6 +316,8 @@ def _mistakes(tmp_path, checkpoint, photos):
             "--split must be one of test, validation, train, not dev",
         ),
         "wrong value": (["predict", checkpoint, image, "--top", 0], "top and batch size must be at least 1"),
+        "no name of a configuration": (["evaluate", checkpoint, "--config"], "--config needs a value"),
+        "word instead of list": (["complexity", "--config", tmp_path / "word.yaml"], "needs a list, such as [a, b]"),
         "no configuration": (["predict", "--config", "no.yaml"], "there is no configuration file"),
         "broken configuration": (["predict", "--config", tmp_path / "broken.yaml"], "not valid YAML"),
         "unknown key": (["predict", "--config", tmp_path / "unknown.yaml"], "unknown key tpo"),

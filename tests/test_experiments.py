@@ -163,6 +163,8 @@ def test_finished_runs_are_not_trained_again(position: tuple[dict[str, Any], Pat
 def test_other_settings_are_refused(position: tuple[dict[str, Any], Path], images: Path) -> None:
     _, out = position
     with pytest.raises(UserError, match="was trained with epochs 1, not 2: choose another --out"):
+        reproduce("position", data=str(images), out=out, shard="2/3", only=["none"], settings={**TINY, "epochs": 2})
+    with pytest.raises(UserError, match="was trained with epochs 1, not 2: choose another --out"):
         reproduce("position", data=str(images), out=out, settings={**TINY, "epochs": 2})
     other = make_images(out.parent / "others")
     with pytest.raises(UserError, match="was trained with data images, not others"):
@@ -224,8 +226,13 @@ def test_a_damaged_file_costs_its_row_alone(
     (run / file).write_bytes(b"\xff[]")
     first, *others = _position(images, out, seeds=2)["rows"]
     assert [row["seeds"] for row in (first, *others)] == [[1], [0, 1], [0, 1]]
-    assert f"{run} is damaged" in first["failed"][0]
-    assert f"- Failed: {first['label']}: {run} is damaged" in (out / "position.md").read_text()
+    sentence = f"{run / file} is damaged: delete it and {run / 'report.md'}"
+    assert sentence in first["failed"][0]
+    assert f"- Failed: {first['label']}: {sentence}" in (out / "position.md").read_text()
+    # What the sentence advises.
+    (run / file).unlink()
+    (run / "report.md").unlink()
+    assert _numbers(_position(images, out, seeds=2)) == _numbers(position[0])
 
 
 def test_settings_that_cannot_be_read_are_named(

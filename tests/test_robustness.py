@@ -776,13 +776,13 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_the_numbers(run, runs, tmp
         raise UserError("no room for pictures")
 
     monkeypatch.setattr("san.evaluation.robustness.figures.write_images", fail)
-    for name in ("attacked-2-old.png", "angles.svg", "mine.png"):
+    for name in ("attacked-2-old.png", "angles.svg", "angles.csv"):
         (tmp_path / name).write_text("of an earlier run")
     words = ("--limit", 2, "--no-checks", "--no-rotation", "--out", tmp_path)
     assert run(runs[0], *words)[::2] == (2, "san: error: no room for pictures\n")
     assert json.loads((tmp_path / "robustness.json").read_text())["images"] == 2
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"robustness.json", "robustness.md", "iterations.png", "iterations.svg", "mine.png"}
+    assert names == {"robustness.json", "robustness.md", "iterations.png", "iterations.svg", "angles.csv"}
 
 
 def test_command_prints_json_of_some_images(run, runs, images):

@@ -53,7 +53,7 @@ def call(name: str, function: Callable[..., Any], words: list[str], examples: st
         raise UserError(_sentence(str(error), parser, function)) from None
     parameters = inspect.signature(function).parameters.values()
     positional = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    rest = [word for p in parameters if p.kind is p.VAR_POSITIONAL for word in values.pop(p.name, [])]
+    rest = [word for p in parameters if p.kind is p.VAR_POSITIONAL for word in values.pop(p.name, None) or []]
     del values["config"]
     return function(*positional, *rest, **values)
 
@@ -102,8 +102,11 @@ def _config_first(words: list[str]) -> list[str]:
     rest: list[str] = []
     left = iter(words)
     for word in left:
-        if word == "--config":
-            first += [word, *islice(left, 1)]
+        if word == "--":
+            rest += [word, *left]
+        elif word == "--config":
+            file = list(islice(left, 1))
+            (first if file else rest).extend([word, *file])
         else:
             (first if word.startswith("--config=") else rest).append(word)
     return first + rest
@@ -133,6 +136,8 @@ def _sentence(message: str, parser: ArgumentParser, function: Callable[..., Any]
         return f"unknown key {found[1]} in the configuration{f', did you mean {near}?' if near else more}"
     if found := re.match(r"the following arguments are required: ([^,]+)", message):
         return f"{found[1].upper()} is missing{more}"
+    if "does not support item assignment" in message:
+        return "the configuration needs a list, such as [a, b], where the line takes several words"
     if found := re.match(r"argument (\S+): expected one argument", message):
         return f"{found[1]} needs a value{more}"
     if found := re.match(r'Parser key "config": File does not exist: (.*)', message):

@@ -9,7 +9,7 @@ from typing import Any
 from san.errors import UserError
 from san.evaluation.robustness import Progress, silently
 from san.evaluation.speed.chart import make_folder
-from san.experiments.campaign import Campaign, chosen, scale_of, shard_of
+from san.experiments.campaign import Campaign, check_settings, chosen, scale_of, shard_of
 from san.experiments.report import columns, write
 from san.experiments.results import check_images, summary
 from san.experiments.tables import SCALES, TABLES
@@ -67,6 +67,7 @@ def reproduce(
     campaign = Campaign(scale_of(scale, base, small_images), folder, data, settings or {}, progress)
     make_folder(folder)
     runs = campaign.runs(variants, seeds)
+    check_settings(runs)
     check_images(campaign, runs, TABLES[table].measures)
     busy, failed = campaign.train(shard_of(runs, shard))
     result = summary(table, campaign, runs, failed)

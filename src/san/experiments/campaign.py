@@ -34,7 +34,7 @@ from san.training.interruption import Interrupted, StopRequest
 from san.training.settings import OF_THE_MACHINE, check, started
 from san.weights import NETWORKS
 
-__all__ = ["Campaign", "Run", "chosen", "scale_of", "shard_of"]
+__all__ = ["Campaign", "Run", "check_settings", "chosen", "scale_of", "shard_of"]
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,8 @@ class Campaign:
     def train(self, runs: Sequence[Run]) -> tuple[list[Run], dict[str, str]]:
         """Train what is not finished; gives the runs that others work on, and what went wrong with a run, by its name.
 
-        What `train` says goes to standard error. Raises `UserError`, before anything is trained, where a folder holds a
-        run of other settings, or a setting fits no run.
+        What `train` says goes to standard error.
         """
-        _check(runs)
         busy: list[Run] = []
         failed: dict[str, str] = {}
         for number, run in enumerate(runs, 1):
@@ -198,7 +196,7 @@ def _tell(process: subprocess.Popen[Any], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _check(runs: Sequence[Run]) -> None:
+def check_settings(runs: Sequence[Run]) -> None:
     """Raise `UserError` where a folder holds a run of other settings, or a setting fits no run."""
     for run in runs:
         if run.folder.config.is_file():

@@ -32,8 +32,8 @@ def columns(result: dict[str, Any]) -> list[dict[str, str]]:
 def _row(row: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
     means = row["means"]
     cells = {"variant": row["label"]}
-    cells["params (M)"] = f"{means['params'] / 1e6:#.3g}" if means else ""
-    cells["cost (G)"] = f"{means['paper_cost'] / 1e9:#.3g}" if means else ""
+    cells["params (M)"] = _short(means["params"] / 1e6) if means else ""
+    cells["cost (G)"] = _short(means["paper_cost"] / 1e9) if means else ""
     if result["measures"] == "accuracy":
         cells |= {"top-1": _spread(row, "top1"), "top-5": _spread(row, "top5")}
         cells["ms/step"] = f"{means['step_ms']:.0f}" if means else ""
@@ -50,6 +50,10 @@ def _row(row: dict[str, Any], result: dict[str, Any]) -> dict[str, str]:
         f", {len(row['failed'])} failed" * bool(row["failed"])
     )
     return cells
+
+
+def _short(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _spread(row: dict[str, Any], name: str) -> str:

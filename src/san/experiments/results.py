@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from san.checkpoints import load_model
 from san.data import Batch, load_dataset
@@ -33,8 +32,15 @@ ITERATIONS = (2, 4)
 """Iterations of the attack that a table shows; its chart shows all up to the last."""
 ATTACK = Attack(iterations=max(ITERATIONS))
 """How networks are attacked, untargeted and targeted; the seed is the run's."""
-DAMAGES = (OSError, ValueError, LookupError, TypeError, yaml.YAMLError)
-"""What reading a file raises whose content is not what was written."""
+
+
+@contextmanager
+def _reading(file: Path, advice: str) -> Generator[None]:
+    """Raise `UserError` that names the file where its content is not what was written."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, csv.Error) as error:
+        raise UserError(f"{file} is damaged: {advice} and run the command again") from error
 
 
 def check_images(campaign: Campaign, runs: Sequence[Run], measures: str) -> None:
@@ -49,11 +55,17 @@ def measured(run: Run, campaign: Campaign, measures: str) -> dict[str, float]:
     Accuracy is that of the last epoch, on test images, or without any on those held out. Rotation and attack are
     measured once and kept beside the run; where another process is measuring them, its result is waited for.
     """
-    found = {**_accuracy(run), **_cost(run), "step_ms": _step_time(run)}
+    again = f"delete it and {run.folder.report}, so that both are made anew from the last checkpoint,"
+    with _reading(_judged(run), again):
+        found = _accuracy(run)
+    with _reading(run.folder.metrics, again):
+        found["step_ms"] = _step_time(run)
+    found |= _cost(run)
     if measures == "accuracy":
         return found
     _measure_robustness(run, campaign, measures, wait=True)
-    return {**found, **json.loads(_notes(run, measures).read_text())}
+    with _reading(_notes(run, measures), "delete it"):
+        return {**found, **json.loads(_notes(run, measures).read_text())}
 
 
 def _notes(run: Run, measures: str) -> Path:
@@ -181,9 +193,6 @@ def _add(row: dict[str, Any], run: Run, campaign: Campaign, measures: str) -> No
     except UserError as error:
         row["failed"].append(str(error))
         return
-    except DAMAGES as error:
-        row["failed"].append(f"{run.folder.path} is damaged ({error}): delete it and run the command again")
-        return
     row["each"].append(found)
     row["seeds"].append(run.seed)
     row["runs"].append(str(Path("runs") / run.folder.path.name))
@@ -194,7 +203,7 @@ def _measure_free(runs: Sequence[Run], campaign: Campaign, measures: str) -> Non
     """Measure what no other process does, so that several share the work; what goes wrong is met again and told."""
     for run in runs:
         if run.folder.finished and measures != "accuracy":
-            with suppress(UserError, *DAMAGES):
+            with suppress(UserError):
                 _measure_robustness(run, campaign, measures, wait=False)
 
 

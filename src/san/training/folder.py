@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """The report is written last, so it tells whether a run came to its end; a lost model is made again."""
-        return self.report.exists() and self.model.exists()
+        """The report is written last, so it tells whether a run came to its end; a lost model is made from `last`."""
+        return self.report.exists() and (self.model.exists() or not self.last.exists())
 
     def check_free(self) -> None:
         """Raise `UserError` where files lie, of another run for example.
@@ -112,10 +112,13 @@ class RunFolder:
         return dict(line.split(": ", 1) for line in lines if ": " in line)
 
     def forget_unless_trained(self) -> None:
-        """Delete what a run that failed before its first step has left: its settings and versions."""
+        """Delete what a run that failed before its first checkpoint has left: its settings and versions."""
         left = [self.config, self.path / "versions.txt"]
         if self.path.is_dir() and all(each in left for each in self.path.iterdir()):
-            shutil.rmtree(self.path)
+            for file in left:
+                file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write `metrics.csv` anew from the rows of all epochs so far; TensorBoard events too, once in a process."""

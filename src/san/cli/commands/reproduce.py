@@ -93,8 +93,8 @@ def reproduce(
         )
         failed += _show_table(result, json)
     if failed:
-        count = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-        raise UserError(f"{count} failed, the first because {failed[0]}")
+        count = "1 run failed," if len(failed) == 1 else f"{len(failed)} runs failed, the first"
+        raise UserError(f"{count} because {failed[0]}")
 
 
 def _without_shard(words: Sequence[str]) -> builtins.list[str]:

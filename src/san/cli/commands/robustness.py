@@ -160,15 +160,14 @@ def _robustness_writer(
     folder: str, models: dict[str, Any], examples: Any, settings: Any, figures: int
 ) -> Callable[[dict[str, Any]], list[Path]]:
     from san.attention_maps import middle_rollout
-    from san.evaluation.robustness.figures import write_images, write_results
+    from san.evaluation.robustness.figures import remove_earlier, write_images, write_results
     from san.evaluation.speed.chart import make_folder
 
     path = make_folder(folder)
 
     def write(result: dict[str, Any]) -> list[Path]:
-        for old in (each for name in ("angles.*", "iterations.*", "attacked-*.png") for each in path.glob(name)):
-            old.unlink()
         written = write_results(result, path)
+        remove_earlier(path, written)
         if not (settings.aims and figures):
             return written
         # Numbers are on the disk by now, whatever goes wrong with a picture.

@@ -21,7 +21,15 @@ from san.evaluation.robustness.attack import Attack, attack_images
 from san.evaluation.robustness.inputs import LabelledImages, PixelModel
 from san.evaluation.robustness.tables import as_markdown
 
-__all__ = ["Attending", "draw_angles", "draw_attacked", "draw_iterations", "write_images", "write_results"]
+__all__ = [
+    "Attending",
+    "draw_angles",
+    "draw_attacked",
+    "draw_iterations",
+    "remove_earlier",
+    "write_images",
+    "write_results",
+]
 
 Attending: TypeAlias = Callable[[nn.Module, Tensor], Tensor | None]
 """From a network and normalised images [B, 3, H, W] to what it attends to, [B, H, W] with sum 1; None if nothing."""
@@ -43,6 +51,14 @@ def write_results(result: dict[str, Any], folder: Path, images: Sequence[Path] =
     shown = [path.name for path in [*charts, *images] if path.suffix == ".png"]
     page.write_text(as_markdown(result, shown), encoding="utf-8")
     return [numbers, page, *charts, *images]
+
+
+def remove_earlier(folder: Path, written: Sequence[Path]) -> None:
+    """Delete the pictures of an earlier run in a folder, but for those `written` now."""
+    ours = re.compile(r"(angles|iterations)\.(png|svg)|attacked-\d+-.*\.png")
+    for file in folder.iterdir():
+        if ours.fullmatch(file.name) and file.is_file() and file not in written:
+            file.unlink()
 
 
 def write_images(
