@@ -68,7 +68,7 @@ def reproduce(
     make_folder(folder)
     runs = campaign.runs(variants, seeds)
     check_settings(runs)
-    check_images(campaign, runs, TABLES[table].measures)
+    check_images(runs, TABLES[table].measures)
     busy, failed = campaign.train(shard_of(runs, shard))
     result = summary(table, campaign, runs, failed)
     nothing = bool(failed) and not any(row["seeds"] for row in result["rows"])

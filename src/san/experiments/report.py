@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from san.evaluation.robustness.tables import meaning
-from san.experiments.results import ITERATIONS, agreement, order
+from san.experiments.results import ATTACK, ITERATIONS, agreement, order
 from san.experiments.tables import REPORTED
 from san.training.folder import replacing
 
@@ -95,7 +96,7 @@ def _meaning(result: dict[str, Any], images: list[str]) -> str:
     notes = {
         "accuracy": "ms/step: the epochs' median, reading and judging images included",
         "rotation": "images turned clockwise, or flipped so that top and bottom change places, untrained for it",
-        "pgd": meaning("attacks", result.get("attack", {})) if result["measures"] == "pgd" else "",
+        "pgd": meaning("attacks", asdict(ATTACK)),
     }
     text = (
         f"Percent of {of}, last epoch; mean and standard deviation over seeds; cost as the paper counts it, for one "

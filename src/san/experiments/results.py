@@ -43,7 +43,7 @@ def _reading(file: Path, advice: str) -> Generator[None]:
         raise UserError(f"{file} is damaged: {advice} and run the command again") from error
 
 
-def check_images(campaign: Campaign, runs: Sequence[Run], measures: str) -> None:
+def check_images(runs: Sequence[Run], measures: str) -> None:
     """Raise `UserError` before anything is trained where there will be no test images to rotate or attack."""
     if measures != "accuracy" and not all(run.folder.finished for run in runs):
         load_dataset(runs[0].settings["data"], validation_share=runs[0].settings["validation_share"]).split("test")
