@@ -3,8 +3,8 @@
     python benchmarks/gpu_compile.py [--target sm_80 sm_90 gfx942] [--dtype bfloat16] [--layers all|few]
         [--json results.json]
 
-The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
-noted instead of done; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by
+The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, and what surrounds them in the
+networks once without gradients, on the CPU, with launches noted instead of done; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by
 architecture, with its constants and its number of warps. Exit code 1 if one does not compile, spills registers or asks
 for more shared memory than a multiprocessor has.
 """
@@ -25,6 +25,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -32,15 +33,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from san import ops
+from san import create_model, fused, ops
 from san.ops.cases import SAN10_LAYERS, Case
 from san.ops.kernels.aggregation import device as aggregation
 from san.ops.kernels.aggregation import triton as aggregation_host
-from san.ops.kernels.gpu import border
+from san.ops.kernels.gpu import border, launch
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.pairwise import triton as pairwise_host
 from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.patchwise import triton as patchwise_host
+from san.ops.kernels.pointwise import device as pointwise
 
 RUN = {
     "aggregation": aggregation_host.run,
@@ -49,7 +51,7 @@ RUN = {
 }
 # Shared memory of a block at most, in bytes.
 SHARED = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-SHOWN = ("R", "G", "GIVEN", "LAYERS", "ATTEND", "FROM", "TO", "LANES", "KERNEL")
+SHOWN = ("C", "POOLED", "R", "G", "GIVEN", "LAYERS", "ATTEND", "FROM", "TO", "LANES", "KERNEL")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
 
@@ -60,28 +62,30 @@ class Launch:
         self.kernel, self.owner, self.name, self.noted = getattr(owner, name), owner, name, noted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*arguments: Any, **constants: Any) -> None:
-            kinds = [POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for x in arguments]
+        def note(*arguments: Any, **constants: Any) -> None:
             options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
             names = [name for name in self.kernel.arg_names if name not in constants]
+            given = dict(zip(names, arguments, strict=True))
+            kinds = {name: POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in given.items()}
+            absent = {name: x for name, x in given.items() if x is None}
             found = {
                 "kernel": self.name,
                 "module": self.owner.__name__,
-                "kinds": dict(zip(names, kinds, strict=True)),
-                "constants": constants,
+                "kinds": {name: kind for name, kind in kinds.items() if name not in absent},
+                "constants": constants | absent,
                 "options": options,
             }
             if found not in self.noted:
                 self.noted.append(found)
 
-        return launch
+        return note
 
 
 @contextmanager
 def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
     """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
     replaced = []
-    for module in (aggregation, border, pairwise, patchwise):
+    for module in (aggregation, border, pairwise, patchwise, pointwise):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
@@ -101,6 +105,18 @@ def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
     RUN[problem.operator](call).float().sum().backward()
 
 
+def note_network(name: str, dtype: torch.dtype = torch.float32, image: tuple[int, ...] = (1, 3, 32, 32)) -> None:
+    """What surrounds attention in a network without gradients, whose attention is done on the CPU."""
+    network = create_model(name).to(dtype).eval()
+    with (
+        patch.object(fused, "suits", lambda x: False),
+        patch.object(fused.gpu, "DEVICES", {"cpu"}),
+        patch.object(launch, "map_refusal", lambda x: None),
+        torch.no_grad(),
+    ):
+        network(torch.zeros(image, dtype=dtype))
+
+
 def gpu(target: str) -> GPUTarget:
     """What Triton calls a target."""
     if target.startswith("sm_"):
@@ -108,23 +124,23 @@ def gpu(target: str) -> GPUTarget:
     return GPUTarget("hip", target, 64)
 
 
-def compiled(launch: dict[str, Any], target: str) -> dict[str, Any]:
+def compiled(noted: dict[str, Any], target: str) -> dict[str, Any]:
     """Registers of a thread, what it spills, and shared memory of a block, for one GPU."""
-    function = getattr(importlib.import_module(launch["module"]), launch["kernel"])
-    kinds, constants = launch["kinds"], launch["constants"]
+    function = getattr(importlib.import_module(noted["module"]), noted["kernel"])
+    kinds, constants = noted["kinds"], noted["constants"]
     signature = {name: kinds.get(name, "constexpr") for name in function.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, name in enumerate(function.arg_names) if kinds.get(name, "").startswith("*")}
     source = ASTSource(function, signature, constants, attributes)
     row = {
-        "kernel": launch["kernel"],
-        "form": launch["module"].split(".")[-2],
+        "kernel": noted["kernel"],
+        "form": noted["module"].split(".")[-2],
         "target": target,
         **{key: constants[key] for key in SHOWN if key in constants},
-        "warps": launch["options"].get("num_warps", 4),
+        "warps": noted["options"].get("num_warps", 4),
     }
     try:
-        found = triton.compile(source, target=gpu(target), options=launch["options"])
+        found = triton.compile(source, target=gpu(target), options=noted["options"])
     except RuntimeError as error:
         return {**row, "error": str(error).splitlines()[0]}
     usage = resources(found.asm["cubin"]) if "cubin" in found.asm else amd_resources(found.asm["amdgcn"])
@@ -161,7 +177,9 @@ def main() -> None:
     with device_modules(noted):
         for case, training in product(cases, (True, False)):
             note_call(replace(case, training=training), getattr(torch, given.dtype))
-    jobs = [(launch, target) for target in given.target for launch in noted]
+        for form in ("pairwise", "patchwise"):
+            note_network(f"san10_{form}", getattr(torch, given.dtype))
+    jobs = [(each, target) for target in given.target for each in noted]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(compiled, *zip(*jobs, strict=True)))
     columns = list(dict.fromkeys(key for row in rows for key in row))

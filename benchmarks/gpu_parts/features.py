@@ -25,6 +25,7 @@ from san.ops.kernels.aggregation import device as aggregation
 from san.ops.kernels.gpu import border, launch
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.patchwise import device as patchwise
+from san.ops.kernels.pointwise import device as pointwise
 
 __all__ = ["FEATURES", "GPU_ONLY", "count_compilations"]
 
@@ -48,7 +49,7 @@ def _compilations() -> Generator[list[str]]:
 
 def _forget_kernels() -> None:
     """Empty the JIT functions' caches in this process, whatever ran before; what is on disk stays."""
-    for module in (aggregation, border, pairwise, patchwise):
+    for module in (aggregation, border, pairwise, patchwise, pointwise):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()

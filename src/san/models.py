@@ -158,7 +158,7 @@ class SAN(nn.Module):
             if y is not None:
                 return F.relu(self.get_submodule(f"bn{len(self.pools) - 1}")(y))
             return self._fused_features(x.contiguous())
-        if fused.training.suits(x):
+        if fused.gpu.suits(x):
             self._check_input(x)
             return self._fused_features(x)
         x = self._stem(x)

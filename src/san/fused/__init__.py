@@ -5,7 +5,7 @@ tracer, float32 on the CPU, the native backend), kernels do the same and read a 
 ReLU and pooling join the products behind them, φ, ψ and β are one pass, the residual is added where the sum is written,
 and the stem's full-size map never exists. For backward a block keeps its input, query, key, value and what aggregation
 gives; the rest is recomputed. BatchNorm is folded at every call, so weights may change in any way; `parts.py` looks at
-everything else that may change. A training step on another device keeps as little: see `training.py`.
+everything else that may change. Networks on a GPU do likewise by other kernels: see `gpu.py`.
 Legend: B batch, C channels, H W map.
 """
 
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from san.fused import training
+from san.fused import gpu
 from san.fused.parts import NORMS, State, is_heard, look, register_block, registered
 from san.fused.recordings import Recordings
 from san.ops.dispatch import forced_backend
 from san.ops.kernels.native import library, operators
 from san.ops.kernels.native.recording import Recording
+from san.ops.kernels.pointwise import triton
 from san.ops.kernels.pointwise.native import MAX_STEM_CHANNELS, Linear, Norm, fold, products
 from san.ops.kernels.pointwise_training import native, portable, portable_stem
 from san.ops.normalization import BatchNorm
@@ -37,6 +38,7 @@ __all__ = [
     "attention_block",
     "blocks_of",
     "chained_norms",
+    "gpu",
     "lone_norms",
     "norm_pool_linear",
     "on_own_map",
@@ -46,7 +48,6 @@ __all__ = [
     "stem",
     "suits",
     "takes_stem",
-    "training",
 ]
 
 
@@ -84,7 +85,7 @@ def on_own_map(block: Any, x: Tensor) -> Tensor:
     if y is None:
         y = block(x)
         # What a module gave, it or its hooks may have kept; with gradients, or on a GPU, nobody writes to it.
-        y = y if training.suits(y) or (torch.is_grad_enabled() and y.requires_grad) else y.clone()
+        y = y if gpu.suits(y) or (torch.is_grad_enabled() and y.requires_grad) else y.clone()
     return y
 
 
@@ -97,8 +98,8 @@ def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor 
 
     Without gradients it may be made `in_place`, in x's memory.
     """
-    if training.suits(x):
-        return _with_gradients(block, x, portable.norm_products) if _trains(block, x) else None
+    if gpu.suits(x):
+        return _on_gpu(block, x)
     if not (suits(x) and x.is_contiguous() and registered(block)):
         return None
     parts, state = look(block)
@@ -111,9 +112,20 @@ def attention_block(block: Any, x: Tensor, *, in_place: bool = False) -> Tensor 
     return output
 
 
-def _trains(block: Any, x: Tensor) -> bool:
-    """Whether a training step elsewhere than on the CPU does what a block would."""
-    return registered(block) and training.trains(x, block) and x.shape[1] == block.bn1.num_features
+def _on_gpu(block: Any, x: Tensor) -> Tensor | None:
+    wanted = gpu.wants_gradients(x, block) if registered(block) else None
+    if wanted is None or x.shape[1] != block.bn1.num_features:
+        return None
+    if wanted:
+        return _with_gradients(block, x, portable.norm_products)
+    sam, conv = block.sam, block.conv
+    layers = sam.transformations_of_input()
+    if _drops(block) or not gpu.takes(x, *layers, conv):
+        return None
+    dtype = portable.product_dtype(x)
+    maps = triton.products(x, [*map(_linear, layers)], _norm(block.bn1), dtype)
+    y = sam.attend(*sam.arranged(maps), known_plain=True).contiguous(memory_format=torch.channels_last)
+    return triton.products(y, [_linear(conv)], _norm(block.bn2), dtype, residual=x)[0]
 
 
 def _with_gradients(block: Any, x: Tensor, norm_products: Callable[..., tuple[Tensor, ...]]) -> Tensor:
@@ -149,8 +161,12 @@ def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tenso
     """layer(pool(ReLU(norm(x)))), where one stage ends and the next begins."""
     # What a block of the user's own makes may be any map.
     follows = _follows(norm, layer) and x.shape[1] == norm.num_features
-    if follows and training.suits(x) and training.trains(x, norm, layer):
-        return portable.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
+    if follows and gpu.suits(x):
+        wanted = gpu.wants_gradients(x, norm, layer)
+        if wanted:
+            return portable.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
+        if wanted is False and gpu.takes(x, layer):
+            return triton.products(x, [_linear(layer)], _norm(norm), portable.product_dtype(x), pooled=pooled)[0]
     states = _states(norm, layer) if suits(x) and follows else None
     if states is None:
         return _pooled_linear(layer, norm(x), pooled=pooled)
@@ -191,8 +207,13 @@ def takes_stem(convolution: Any, norm: nn.Module, image: Tensor) -> bool:
 def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool) -> Tensor:
     """layer(pool(ReLU(norm(convolution(image)))))."""
     follows = _follows(norm, layer) and layer.bias is None and takes_stem(convolution, norm, image)
-    if follows and training.suits(image) and training.trains(image, convolution, norm, layer):
-        return portable_stem.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
+    if follows and gpu.suits(image):
+        wanted = gpu.wants_gradients(image, convolution, norm, layer)
+        if wanted:
+            return portable_stem.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
+        if wanted is False and gpu.takes(image, layer, image=True):
+            behind = [_linear(layer)], _norm(norm), portable.product_dtype(image)
+            return triton.products(image, *behind, stem=convolution.weight.flatten(1), pooled=pooled)[0]
     states = _states(convolution, norm, layer) if follows and suits(image) else None
     if states is None:
         return _pooled_linear(layer, norm(convolution(image)), pooled=pooled)

@@ -18,18 +18,21 @@ from san.ops.footprint import Footprint
 from san.ops.mapping import Mapping
 
 __all__ = [
+    "IMAGE_NUMBERS",
     "MAX_LAYERS",
     "Bordered",
     "as_map",
     "block",
     "floats",
     "geometry",
+    "gpu_refusal",
     "installed",
     "interpreting",
     "is_last",
     "laid_out",
     "lanes",
     "like_value",
+    "map_refusal",
     "members",
     "memory_refusal",
     "mode",
@@ -54,7 +57,7 @@ _SHARED_KB = {torch.bfloat16: (75, 115), torch.float16: (77, 217), torch.float32
 _PROGRAMS = 2048
 
 # Within an image kernels count in 32 bits; half of them leaves room for borders.
-_IMAGE_NUMBERS = 1 << 30
+IMAGE_NUMBERS = 1 << 30
 
 _MODES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -72,21 +75,31 @@ def interpreting() -> bool:
 def refusal(call: Any) -> str | None:
     """None, or why no Triton kernel runs a call of any operator."""
     for x in call.tensors():
-        if not (x.is_cuda or (x.device.type == "cpu" and interpreting())):
-            return f"triton runs on GPUs, but the tensors are on {x.device}"
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"triton computes in float32, bfloat16 and float16, but a tensor is {x.dtype}"
-        if math.prod(x.shape[1:]) > _IMAGE_NUMBERS:
-            return f"triton takes maps of at most 2³⁰ numbers an image, but one has {math.prod(x.shape[1:])}"
-    if (
-        call.value.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(call.value.device) < (8, 0)
-    ):
-        return "triton needs a GPU of compute capability 8.0 or newer"
+        if (why := map_refusal(x)) is not None:
+            return why
+    if (why := gpu_refusal(call.value)) is not None:
+        return why
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "triton has a backward of its own, which torch.func and forward-mode differentiation cannot transform"
     return _mapping_refusal(getattr(call, "mapping", None))
+
+
+def map_refusal(x: Tensor) -> str | None:
+    """None, or why no Triton kernel takes a map."""
+    if not (x.is_cuda or (x.device.type == "cpu" and interpreting())):
+        return f"triton runs on GPUs, but the tensors are on {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"triton computes in float32, bfloat16 and float16, but a tensor is {x.dtype}"
+    if math.prod(x.shape[1:]) > IMAGE_NUMBERS:
+        return f"triton takes maps of at most 2³⁰ numbers an image, but one has {math.prod(x.shape[1:])}"
+    return None
+
+
+def gpu_refusal(x: Tensor) -> str | None:
+    """None, or what is wrong with the GPU of a map."""
+    if x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "triton needs a GPU of compute capability 8.0 or newer"
+    return None
 
 
 def _mapping_refusal(mapping: Any) -> str | None:

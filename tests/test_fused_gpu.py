@@ -1,7 +1,7 @@
-"""Training steps as other devices than the CPU do them: against the modules' own `forward`, what they keep, and when
-they must step aside.
+"""Blocks and networks as GPUs run them, with and without gradients: against the modules' own `forward`, what they keep,
+and when they must step aside.
 
-`elsewhere` lets the CPU be another device; float64, which the CPU's own kernels do not take, tells the two apart.
+`elsewhere` lets the CPU be a GPU; float64, which the CPU's own kernels do not take, tells the two apart.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from torch import Tensor, nn
 
 import san
 from san import fused
-from san.fused import training
+from san.fused import gpu
 from san.ops import use_backend
 from san.ops.kernels.gpu import launch
 from san.ops.kernels.native import library
+from san.ops.kernels.pointwise import triton
 from san.ops.normalization import SynchronizedBatchNorm2d, synchronize_batch_norm
 
 ATTENTION = pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
+INTERPRETED = pytest.mark.skipif(
+    not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted"
+)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "DEVICES", {"cpu"})
-    monkeypatch.setattr(training, "DTYPES", {*training.DTYPES, torch.float64})
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.setattr(gpu, "DTYPES", {*gpu.DTYPES, torch.float64})
 
 
 @pytest.fixture
@@ -100,7 +104,7 @@ def _features_and_gradients(network: Any, x: Tensor, backend: str) -> tuple[Tens
     return y.detach(), torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None])
 
 
-@pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
+@INTERPRETED
 @pytest.mark.parametrize(("attention", "options"), [("pairwise", {"position": "none"}), ("patchwise", {})], ids=str)
 def test_attention_of_gpus_fits_in(attention: str, options: dict[str, Any], spy: Spy) -> None:
     """With the shortest γ, which the interpreter is done with soonest."""
@@ -166,13 +170,153 @@ def test_observer_sees_the_parts(moment: Callable[..., Any]) -> None:
     assert is_joined(block(x))
 
 
-def test_without_gradients_the_definition_runs() -> None:
-    network, x = network_of().double(), images(2, 3, 8, 8).double()
-    with torch.no_grad():
-        assert fused.attention_block(network.layer0[0], images(2, 32, 8, 8).double()) is None
-    network.requires_grad_(False)
-    assert fused.attention_block(network.layer0[0], images(2, 32, 8, 8).double()) is None
-    assert not network(x).requires_grad
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Options of every call of the kernel that makes products without gradients."""
+    calls: list[dict[str, Any]] = []
+    products = triton.products
+
+    def note(*arguments: Any, **options: Any) -> list[Tensor]:
+        calls.append(options)
+        return products(*arguments, **options)
+
+    monkeypatch.setattr(triton, "products", note)
+    # The CPU's own kernels would be asked first.
+    monkeypatch.setattr(fused, "suits", lambda x: False)
+    return calls
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def frozen(module: nn.Module, x: Tensor) -> Tensor:
+    return copy.deepcopy(module).requires_grad_(False)(x)
+
+
+def without(moment: Any) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        with moment():
+            return module(x)
+
+    return run
+
+
+@INTERPRETED
+@pytest.mark.parametrize("run", [without(torch.no_grad), without(torch.inference_mode), frozen])
+@ATTENTION
+def test_block_without_gradients_is_its_definition(
+    attention: str, run: Callable[..., Tensor], kernel: list[dict[str, Any]]
+) -> None:
+    block, x = block_of(attention).eval(), last(images(3, 32, 7, 9))
+    before = x.clone()
+    found = run(block, x)
+    assert [set(options) for options in kernel] == [set(), {"residual"}]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, before)
+    with use_backend("reference"):
+        torch.testing.assert_close(found, block(x), rtol=1e-4, atol=1e-4)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("attention", "options"), NETWORKS, ids=str)
+@torch.no_grad()
+def test_network_without_gradients_is_its_definition(
+    attention: str, options: dict[str, Any], format_: torch.memory_format, kernel: list[dict[str, Any]]
+) -> None:
+    """The stem's product lays maps channels-last; images of too many channels for it leave all as it is written."""
+    network, x = network_of(attention, **options).eval(), images(3, options.get("in_chans", 3), 13, 18)
+    x = x.contiguous(memory_format=format_)
+    found = network(x)
+    takes_all = "in_chans" not in options or format_ is torch.channels_last
+    # Three blocks of two products, one between the stages, and the stem.
+    assert len(kernel) == (6 + 1 + ("in_chans" not in options)) * takes_all
+    with use_backend("reference"):
+        torch.testing.assert_close(found, network(x), rtol=1e-4, atol=1e-4)
+
+
+@INTERPRETED
+@ATTENTION
+@torch.no_grad()
+def test_autocast_without_gradients_rounds_no_more_than_the_definition(
+    attention: str, kernel: list[dict[str, Any]]
+) -> None:
+    # In float16, because Triton's interpreter cuts off what it should round to bfloat16.
+    network, x = network_of(attention).eval(), images(3, 3, 16, 24)
+    exact = network.double().forward_features(x.double())
+    errors = []
+    for forced in ("auto", "reference"):
+        with torch.autocast("cpu", torch.float16), use_backend(forced):
+            features = network.float().forward_features(x)
+        errors.append(float((features.double() - exact).norm()))
+    assert len(kernel) == 8
+    assert errors[0] <= 1.25 * errors[1]
+
+
+@INTERPRETED
+@torch.no_grad()
+def test_half_precision_without_gradients_is_near(kernel: list[dict[str, Any]]) -> None:
+    block, x = block_of("patchwise").eval(), last(images(2, 32, 7, 7))
+    exact = block(x)
+    found = block.bfloat16()(x.bfloat16())
+    assert len(kernel) == 4
+    assert found.dtype == torch.bfloat16
+    assert float((found - exact).norm()) <= 0.02 * float(exact.norm())
+
+
+def _strided(x: Tensor) -> Tensor:
+    return torch.cat([x, x], 3)[..., ::2]
+
+
+@INTERPRETED
+@pytest.mark.parametrize("form", [_strided, lambda x: x[:1].expand_as(x), lambda x: x.mT], ids=["strided", "one", "mT"])
+@torch.no_grad()
+def test_images_may_lie_anyhow(form: Callable[[Tensor], Tensor], kernel: list[dict[str, Any]]) -> None:
+    network, x = network_of(blocks=(1,)).eval(), form(images(2, 3, 8, 8))
+    found = network(x)
+    assert kernel
+    with use_backend("reference"):
+        torch.testing.assert_close(found, network(x), rtol=1e-4, atol=1e-4)
+
+
+def _trained(block: Any) -> None:
+    block.bn2.train()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("change", [*HONOURED.values(), _trained], ids=[*HONOURED, "statistics of the batch"])
+@torch.no_grad()
+def test_altered_part_is_honoured_without_gradients(change: Callable[[Any], Any], kernel: list[dict[str, Any]]) -> None:
+    block, x = block_of("patchwise").eval(), last(images(2, 32, 7, 7))
+    block(x)  # so that the block is known already
+    assert len(kernel) == 2
+    change(block)
+    y = copy.deepcopy(block)(x)
+    assert len(kernel) == 2
+    with use_backend("reference"):
+        torch.testing.assert_close(y, block(x), rtol=1e-4, atol=1e-4)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("moment", [MOMENTS[name] for name in MOMENTS if name != "autocast"])
+@torch.no_grad()
+def test_observer_sees_the_parts_without_gradients(moment: Callable[..., Any], kernel: list[dict[str, Any]]) -> None:
+    block, x = block_of().eval(), last(images(2, 32, 7, 7))
+    with moment():
+        block(x)
+    assert not kernel
+    block(x)
+    assert kernel
+
+
+@torch.no_grad()
+def test_what_no_kernel_takes_runs_as_it_is_written(kernel: list[dict[str, Any]]) -> None:
+    """Double precision, and maps with channels first."""
+    block, x = block_of().eval(), images(2, 32, 8, 8)
+    assert fused.attention_block(block, x) is None
+    assert fused.attention_block(block.double(), last(x.double())) is None
+    assert not kernel
 
 
 def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
@@ -182,10 +326,10 @@ def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
 
 def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = synchronize_batch_norm(block_of().double()), images(2, 32, 7, 7).double()
-    assert training.trains(x, block)
+    assert gpu.wants_gradients(x, block)
     monkeypatch.setattr(SynchronizedBatchNorm2d, "several_processes", lambda norm: True)
-    assert not training.trains(x, block)
-    assert training.trains(x, block.eval())
+    assert gpu.wants_gradients(x, block) is None
+    assert gpu.wants_gradients(x, block.eval())
 
 
 def test_one_pixel_has_no_statistics() -> None:
@@ -234,7 +378,7 @@ def test_networks_keep_no_more_than_resnet(monkeypatch: pytest.MonkeyPatch) -> N
     networks = [san.create_model(f"san10_{attention}", num_classes=10) for attention in ("pairwise", "patchwise")]
     found = [kept(network, x) for network in networks]
     assert max(found) < 0.9 * resnet
-    monkeypatch.setattr(training, "DEVICES", set())
+    monkeypatch.setattr(gpu, "DEVICES", set())
     monkeypatch.setattr(fused, "suits", lambda x: False)
     for few, network in zip(found, networks, strict=True):
         assert few < 0.5 * kept(network, x)
