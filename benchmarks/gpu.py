@@ -159,8 +159,7 @@ def count_compilations(run: Run, scale: Any) -> None:
 
     for form in scale.sans:
         call = partial(features.count_compilations, form, scale, run.device)
-        row = run.attempt(f"compilations, {form}", COMPILATIONS, call)
-        run.result["compilations"] += [row] if row else []
+        run.result["compilations"] += run.attempt(f"compilations, {form}", COMPILATIONS, call) or []
 
 
 def time_operators(run: Run, scale: Any) -> None:

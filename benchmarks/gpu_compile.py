@@ -3,10 +3,10 @@
     python benchmarks/gpu_compile.py [--target sm_80 sm_90 gfx942] [--dtype bfloat16] [--layers all|few]
         [--json results.json]
 
-The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, and what surrounds them in the
-networks once without gradients, on the CPU, with launches noted instead of done; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by
-architecture, with its constants and its number of warps. Exit code 1 if one does not compile, spills registers or asks
-for more shared memory than a multiprocessor has.
+The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
+noted instead of done, and what surrounds them in the networks once without gradients; each kernel is then compiled for
+the given GPUs, NVIDIA's by compute capability and AMD's by architecture, with its constants and its number of warps.
+Exit code 1 if one does not compile, spills registers or asks for more shared memory than a multiprocessor has.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,25 +57,44 @@ def _forget_kernels() -> None:
                 kernel.device_caches.clear()
 
 
-def count_compilations(form: str, scale: Scale, device: str) -> dict[str, Any]:
-    """Variants of kernels that forward and backward of one layer need at its first size, and at all others after.
+def count_compilations(form: str, scale: Scale, device: str) -> list[dict[str, Any]]:
+    """Rows of a layer of SAN10, forward and backward, and of a small network without gradients."""
+    case, _ = scale.layers[f"san10-{form}-stage1"]
+    network = create_model(scale.small[form]).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+
+    def layer(batch: int, height: int, width: int) -> Callable[[], Any]:
+        sized = replace(case, height=height, width=width)
+        return step(sized, batch, "training", "triton", torch.bfloat16, device)
+
+    def inference(batch: int, height: int, width: int) -> Callable[[], Any]:
+        images = torch.zeros(batch, 3, 8 * height, 8 * width, device=device, dtype=torch.bfloat16)
+        return torch.no_grad()(partial(network, images))
+
+    return [
+        _compilations_over_sizes(*each, scale, device) for each in ((case.name, layer), (scale.small[form], inference))
+    ]
+
+
+def _compilations_over_sizes(
+    name: str, prepare: Callable[[int, int, int], Callable[[], Any]], scale: Scale, device: str
+) -> dict[str, Any]:
+    """Variants of kernels that a call needs at its first size, and at all others after.
 
     `first_seconds` is how long the first call takes, which compiles or finds on disk, loads, and tunes if it tunes.
     """
-    case, _ = scale.layers[f"san10-{form}-stage1"]
     counts, seconds = [], []
     _forget_kernels()
-    for batch, height, width in scale.sizes:
-        train = step(replace(case, height=height, width=width), batch, "training", "triton", torch.bfloat16, device)
+    for size in scale.sizes:
+        call = prepare(*size)
         with _compilations() as found:
             start = time.perf_counter()
-            train()
+            call()
             free(device)
             seconds.append(time.perf_counter() - start)
         counts.append(found)
-    later = [name for found in counts[1:] for name in found]
+    later = [each for found in counts[1:] for each in found]
     return {
-        "layer": case.name,
+        "layer": name,
         "sizes": len(counts),
         "first": len(counts[0]),
         "first_seconds": seconds[0],
@@ -149,7 +170,75 @@ def captured_by_graphs(scale: Scale, device: str) -> str:
         train()
         same = all(torch.equal(one, other) for one, other in zip(kept, found, strict=True))
         _expect(same, f"{form}: a replay differs from an eager step")
-    return "a layer of each form, forward and backward, bit for bit"
+    for name in scale.sans.values():
+        _expect(_replays(name, scale.resolution, device), f"{name} without gradients: a replay differs")
+    return "a layer of each form, forward and backward, and networks without gradients, bit for bit"
+
+
+@torch.no_grad()
+def _replays(name: str, side: int, device: str) -> bool:
+    """Whether a network's graph gives on other images what it gives without one."""
+    network = _random_norms(create_model(name)).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
+    images = torch.rand(2, 3, side, side, device=device, dtype=torch.bfloat16)
+    found: list[Tensor] = []
+
+    def infer() -> None:
+        found[:] = [network(images)]
+
+    graph = captured(infer)
+    (replayed,) = found
+    images.copy_(images.flip(2))
+    graph.replay()
+    kept = replayed.clone()
+    infer()
+    return torch.equal(kept, found[0])
+
+
+def _random_norms(model: nn.Module) -> nn.Module:
+    """The network with every BatchNorm's tensors random: at first they hide mistakes."""
+    generator = torch.Generator().manual_seed(1)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for x in (part.bias, part.running_mean):
+                nn.init.normal_(x, std=0.2, generator=generator)
+            for x in (part.weight, part.running_var):
+                nn.init.uniform_(x, 0.5, 1.5, generator=generator)
+    return model
+
+
+def as_defined(scale: Scale, device: str) -> str:
+    """Features of networks without gradients, and gradients of a training step, are at most 1.5 times as far from
+    float64 as the definition in the same dtype."""
+    said = []
+    for name in scale.sans.values():
+        model = _random_norms(create_model(name, num_classes=10)).to(device, memory_format=torch.channels_last)
+        images = torch.rand(2, 3, 64, 64, device=device)
+        for what, run in (("features", _features), ("gradients", _gradients)):
+            exact = run(model, images, torch.float64, "reference")
+            near, far = (
+                float((run(model, images, torch.bfloat16, each) - exact).norm() / exact.norm())
+                for each in ("auto", "reference")
+            )
+            _expect(near <= 1.5 * far, f"{name}, {what}: {near:.2g} off, but the definition {far:.2g}")
+            said.append(f"{name} {what} {near:.1e} against {far:.1e}")
+    return ", ".join(said)
+
+
+@torch.no_grad()
+def _features(model: Any, images: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    with ops.use_backend(backend):
+        return copy.deepcopy(model).eval().to(dtype).forward_features(images.to(dtype)).double()
+
+
+def _gradients(model: Any, images: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Of all parameters, in training mode, under autocast where `dtype` is a half one."""
+    model, half = copy.deepcopy(model), dtype is not torch.float64
+    model = model if half else model.double()
+    with ops.use_backend(backend):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            y = model.forward_features(images if half else images.double())
+        y.double().square().mean().backward()
+    return torch.cat([each.grad.double().flatten() for each in model.parameters() if each.grad is not None])
 
 
 def trains_in_mixed_precision(scale: Scale, device: str) -> str:
@@ -191,6 +280,7 @@ def _expect(right: bool, sentence: str) -> None:
 
 
 FEATURES: dict[str, Callable[[Scale, str], str]] = {
+    "networks as defined": as_defined,
     "chosen without asking": chosen_without_asking,
     "refused in a sentence": refused_in_a_sentence,
     "two runs, the same bits": repeatable,
