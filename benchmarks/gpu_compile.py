@@ -37,7 +37,7 @@ from san import create_model, fused, ops
 from san.ops.cases import SAN10_LAYERS, Case
 from san.ops.kernels.aggregation import device as aggregation
 from san.ops.kernels.aggregation import triton as aggregation_host
-from san.ops.kernels.gpu import border, launch
+from san.ops.kernels.gpu import border, launch, small
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.pairwise import triton as pairwise_host
 from san.ops.kernels.patchwise import device as patchwise
@@ -85,7 +85,7 @@ class Launch:
 def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
     """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
     replaced = []
-    for module in (aggregation, border, pairwise, patchwise, pointwise):
+    for module in (aggregation, border, pairwise, patchwise, pointwise, small):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
@@ -99,10 +99,12 @@ def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
 
 
 def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
-    """Forward and backward of a case, with channels last."""
+    """Forward, with gradients and without, and backward of a case, with channels last."""
     problem = case.build(dtype, channels_last=True)
     call = ops.make_call(problem.operator, *problem.arguments, **problem.options)
     RUN[problem.operator](call).float().sum().backward()
+    with torch.no_grad():
+        RUN[problem.operator](call)
 
 
 def note_network(name: str, dtype: torch.dtype = torch.float32, image: tuple[int, ...] = (1, 3, 32, 32)) -> None:

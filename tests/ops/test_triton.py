@@ -154,6 +154,18 @@ def test_frozen_mappings_cost_no_kernel(form: str, unwanted: str, monkeypatch: p
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "name", ["pairwise-subtraction-LRL-relative", "pairwise-hadamard-LRL-absolute", "patchwise-concatenation-LRL"]
+)
+def test_without_gradients_it_gives_the_same(name: str, training: bool) -> None:
+    """Where the position's map is one kernel, whose last bits may differ."""
+    case = replace(CASES[name], training=training)
+    expected = call(case.build(torch.float32)).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(call(case.build(torch.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", ["pairwise", "patchwise"])
 def test_autocast_hands_over_half_precision(form: str) -> None:
     network = san.SelfAttentionBlock(32, 3, form)
@@ -301,12 +313,14 @@ import torch
 from san import ops
 from san.ops.cases import CASES
 from dataclasses import replace
-from benchmarks.gpu_compile import Launch, device_modules, note_call
+from benchmarks.gpu_compile import device_modules, note_call, note_network
 noted, variants = [], []
 with device_modules(noted):
     for side in range(12, 32):
         for name in ("pairwise-subtraction-LRL-relative", "patchwise-concatenation-LRL", "aggregation"):
             note_call(replace(CASES[name], height=side, width=side + 3, batch=side, kernel_size=7))
+        for name in ("san4_pairwise", "san4_patchwise"):
+            note_network(name, image=(side, 3, 2 * side, 2 * side + 3))
         variants.append(len(noted))
 print(variants[0], variants[-1])
 """
@@ -330,7 +344,8 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     found = subprocess.run(command, **_alone())
     assert report.exists(), found.stdout + found.stderr
     kernels = json.loads(report.read_text())["kernels"]
-    assert {each["form"] for each in kernels} == {"pairwise", "patchwise", "aggregation", "gpu"}
-    inference = [each for each in kernels if each["kernel"] in ("attend", "hidden", "aggregate")]
-    assert inference
+    assert {each["form"] for each in kernels} == {"pairwise", "patchwise", "aggregation", "pointwise", "gpu"}
+    names = {"attend", "hidden", "aggregate", "products", "fold_norm", "position_map"}
+    inference = [each for each in kernels if each["kernel"] in names]
+    assert {each["kernel"] for each in inference} == names
     assert not any(each["stack"] for each in inference)

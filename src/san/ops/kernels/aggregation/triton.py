@@ -127,8 +127,8 @@ def _attend(
 
     value, hidden = laid_out(value, is_last(value)), hidden.contiguous()
     plan = _hidden_plan(hidden, value, matrix, geometry)
-    statistics = normalization.of_map(hidden, averages, batch=batch, group=group)
-    affine = normalization.fold(statistics, norm_weight, norm_bias, eps).float()
+    statistics, affine = normalization.of_map(hidden, batch=batch, group=group), launch.floats(hidden, 2, plan.hidden)
+    statistics = normalization.fold(statistics, averages, norm_weight, norm_bias, eps, affine)
     output = like_value(value, plan.size)
     plan.launch(aggregate, value, value, hidden, affine, *_by_place(matrix, bias, plan), output)
     return output, affine, statistics
@@ -141,8 +141,8 @@ def _hidden_plan(hidden: Tensor, value: Tensor, matrix: Tensor, geometry: list[i
 def _by_place(matrix: Tensor, bias: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     """W [G · K, H] as [K, H, G] and b as [K, G]."""
     places = plan.footprint.places
-    weight = matrix.detach().float().view(plan.groups, places, plan.hidden).permute(1, 2, 0).contiguous()
-    return weight, bias.detach().float().view(plan.groups, places).T.contiguous()
+    weight = matrix.detach().view(plan.groups, places, plan.hidden).permute(1, 2, 0)
+    return launch.single(weight), launch.single(bias.detach().view(plan.groups, places).T)
 
 
 @_attend.register_fake

@@ -40,6 +40,7 @@ __all__ = [
     "programs",
     "refusal",
     "shares",
+    "single",
     "start",
     "sums_of_eight",
     "width_refusal",
@@ -183,7 +184,7 @@ def members(share: int) -> int:
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel; type checkers take it for the Python function that it looks like."""
     # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(x for x in arguments if x is not None)):
         kernel[grid](*arguments, **constants)
 
 
@@ -215,6 +216,11 @@ def shares(tiles: int, places: int) -> tuple[int, int]:
 def floats(like: Tensor, *shape: int) -> Tensor:
     """Fresh float32 memory."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def single(x: Tensor) -> Tensor:
+    """A dense copy in float32, in one launch."""
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
 
 
 def like_value(value: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,12 +5,14 @@ Legend: D channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from san.errors import UserError
+from san.ops.kernels.gpu.launch import programs, start
 from san.ops.mapping import MappingLayer
 from san.ops.normalization import BatchNorm, Moments, merge_moments, moments, synchronize_moments
 
@@ -18,7 +20,6 @@ __all__ = [
     "Back",
     "averages",
     "back",
-    "fixed",
     "fold",
     "group_name",
     "merged",
@@ -49,15 +50,10 @@ def merged(parts: Tensor, counts: Tensor, group: str) -> Tensor:
     return torch.stack([total.mean, total.deviation, total.count.expand_as(total.mean)])
 
 
-def fixed(mean: Tensor, variance: Tensor) -> Tensor:
-    """Statistics [3, D] that running averages stand for."""
-    return torch.stack([mean.double(), variance.double(), torch.ones_like(mean, dtype=torch.float64)])
-
-
-def of_map(x: Tensor, averages: list[Tensor], *, batch: bool, group: str) -> Tensor:
-    """Statistics [3, D] of x [B, P, D], or those of its running averages."""
+def of_map(x: Tensor, *, batch: bool, group: str) -> Tensor | None:
+    """Statistics [3, D] of x [B, P, D]; None where those of running averages are taken."""
     if not batch:
-        return fixed(*averages)
+        return None
     found = moments(x.transpose(1, 2))
     return merged(torch.stack([found.mean, found.deviation])[None], found.count.reshape(1), group)
 
@@ -87,10 +83,29 @@ def _variance(statistics: Tensor) -> Tensor:
     return statistics[1] / statistics[2].clamp_min(1)
 
 
-def fold(statistics: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Scale and shift [2, D] such that the normalised x is scale · x + shift."""
-    scale = weight.double() * torch.rsqrt(_variance(statistics) + eps)
-    return torch.stack([scale, bias.double() - statistics[0] * scale])
+def fold(
+    statistics: Tensor | None,
+    averages: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    affine: Tensor,
+    places: int = 1,
+) -> Tensor:
+    """Write scale and shift to `affine` [2, D] in float32, such that the normalised x is scale · x + shift.
+
+    Give the statistics [3, D]: `statistics`, or those that running averages [D] stand for where it is None. Channel
+    c · places + j goes to j · D/places + c of `affine`.
+    """
+    from san.ops.kernels.gpu.small import fold_norm
+
+    found = weight.new_empty((3, len(weight)), dtype=torch.float64) if statistics is None else statistics
+    known = [x.contiguous() for x in averages] if statistics is None else [None, None]
+    if len(weight):
+        tensors = (*known, weight.contiguous(), bias.contiguous(), found, affine)
+        grid, constants = (programs(len(weight), 256),), {"EPS": eps, "PLACES": places, "BLOCK": 256}
+        start(fold_norm, grid, *tensors, len(weight), **constants)
+    return found
 
 
 def back(

@@ -20,6 +20,7 @@ from san.ops import dispatch
 from san.ops.kernels.gpu import launch, normalization
 from san.ops.kernels.gpu.launch import Bordered, as_map, block, floats, is_last, laid_out, like_value, mode, programs
 from san.ops.kernels.gpu.plan import Plan
+from san.ops.kernels.native.operators import unobserved
 from san.ops.kernels.pairwise.reference import PairwiseCall
 from san.ops.mapping import Mapping
 from san.ops.relations import POSITION_WIDTHS
@@ -105,12 +106,17 @@ class _Plan(Plan):
         return found
 
 
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.detach().reshape(-1).float() for x in tensors])
+def _pack(gamma: Tensor, start: int, tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into γ's packed parameters, from `start` on."""
+    for x in tensors:
+        gamma[start : start + x.numel()].copy_(x.detach().flatten())
+        start += x.numel()
 
 
-def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: Tensor, layers: int) -> tuple[Any, ...]:
-    """Moments of z_layers by programs [T, 2, D], and how many samples each has [T]."""
+def _observe(
+    plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: Tensor, layers: int, group: str
+) -> Tensor:
+    """Statistics [3, D] of z_layers, from what every program finds."""
     from san.ops.kernels.pairwise.device import observe
 
     tile, total = plan.tile(), plan.total
@@ -121,13 +127,7 @@ def _observe(plan: _Plan, query: Tensor, key: Tensor, position: Tensor, gamma: T
     if count:
         arguments = (query, key, position, gamma, parts, *plan.sizes)
         launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), **tile)
-    return parts, samples * plan.footprint.places
-
-
-def _folded(statistics: Tensor, parameters: Sequence[Tensor], eps: float) -> list[Tensor]:
-    """A layer's packed parameters: scale and shift, weight and bias."""
-    weight, bias, *linear = parameters
-    return [normalization.fold(statistics, weight, bias, eps), *linear]
+    return normalization.merged(parts, samples * plan.footprint.places, group)
 
 
 @torch.library.custom_op("san::triton_pairwise", mutates_args=())
@@ -155,21 +155,17 @@ def _forward(
     last = is_last(value)
     query, key, value = laid_out(query, last), laid_out(key, last), laid_out(value, last)
     plan = _Plan(query, geometry, value, relation, kind, widths, norm)
-    statistics: list[Tensor] = []
-    packed: list[Tensor] = []
-    fixed = iter(averages)
+    gamma, statistics, fixed = floats(query, plan.parameters(len(widths) - 1)), [], iter(averages)
     for layer in range(len(widths) - 1):
-        if not norm:
-            packed += [query.new_zeros(2 * widths[0], dtype=torch.float32), *parameters[2:4]]
-            continue
-        if batch[layer]:
-            gamma = _pack(packed) if packed else floats(query, 0)
-            parts, counts = _observe(plan, query, key, position, gamma, layer)
-            statistics.append(normalization.merged(parts, counts, group))
+        start, (weight, bias, *linear) = plan.parameters(layer), parameters[4 * layer : 4 * layer + 4]
+        affine = gamma[start : start + 2 * widths[layer]]
+        if norm:
+            found = _observe(plan, query, key, position, gamma, layer, group) if batch[layer] else None
+            known = () if batch[layer] else (next(fixed), next(fixed))
+            statistics.append(normalization.fold(found, known, weight, bias, eps[layer], affine))
         else:
-            statistics.append(normalization.fixed(next(fixed), next(fixed)))
-        packed += _folded(statistics[-1], parameters[4 * layer : 4 * layer + 4], eps[layer])
-    gamma = _pack(packed)
+            affine.zero_()
+        _pack(gamma, start + 2 * widths[layer], linear)
     output, normalizer = _attend(plan, query, key, value, position, gamma)
     return output, normalizer, gamma, statistics
 
@@ -436,6 +432,25 @@ def _widths(call: PairwiseCall) -> list[int]:
     return [taken, *(layer.weight.shape[0] for layer in call.mapping.layers)]
 
 
+def _position_map(call: PairwiseCall) -> Tensor:
+    """Position of every pixel [1, 2, H, W] in float32; zeros where there is none."""
+    from san.ops.kernels.gpu.small import position_map
+
+    (height, width), position = call.query.shape[2:], call.position
+    if position is None:
+        return call.query.new_zeros(1, 2, height, width, dtype=torch.float32)
+    wanted = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (position.weight, position.bias)
+    )
+    if wanted or type(call.query) is not Tensor or not unobserved():
+        return position.map(height, width).float().contiguous()
+    output = floats(call.query, 1, 2, height, width)
+    if pixels := height * width:
+        weight, bias = (x if x is None else x.contiguous() for x in (position.weight, position.bias))
+        launch.start(position_map, (programs(pixels, 256),), weight, bias, output, height, width, BLOCK=256)
+    return output
+
+
 def run(call: PairwiseCall) -> Tensor:
     """Pairwise attention; see `reference.py`."""
     layers = call.mapping.layers if isinstance(call.mapping, Mapping) else ()
@@ -446,8 +461,7 @@ def run(call: PairwiseCall) -> Tensor:
         identity = torch.eye(widths[0], device=query.device)
         nothing = identity.new_zeros(widths[0])
         parameters = [nothing, nothing, identity, nothing]
-    nothing = query.new_zeros(1, 2, *query.shape[2:], dtype=torch.float32)
-    position = nothing if call.position is None else call.position.map(*query.shape[2:]).float().contiguous()
+    position = _position_map(call)
     averages = [x for norm in norms for x in normalization.averages(norm)]
     y, _, _, statistics = _forward(
         *(query, call.key, call.value, position, parameters, averages),

@@ -86,8 +86,8 @@ def _forward(
     key = laid_out(key, is_last(key))
     plan = _Plan(key, geometry, len(matrix))
     places = plan.footprint.places
-    statistics = _observe(plan, group) if batch else normalization.fixed(*averages)
-    affine = _by_place(normalization.fold(statistics, norm_weight, norm_bias, eps).float(), places)
+    statistics, affine = _observe(plan, group) if batch else None, floats(key, 2, places, key.shape[1])
+    statistics = normalization.fold(statistics, averages, norm_weight, norm_bias, eps, affine, places)
     output = floats(key, len(key), plan.size[0] * plan.size[1], plan.given)
     if plan.total:
         grid = (programs(plan.total, plan.lanes()), programs(plan.given, plan.block))
@@ -97,7 +97,7 @@ def _forward(
 
 def _layer(matrix: Tensor, places: int) -> Tensor:
     """W [O, R · K] as [K, R, O]."""
-    return matrix.detach().float().view(len(matrix), -1, places).permute(2, 1, 0).contiguous()
+    return launch.single(matrix.detach().view(len(matrix), -1, places).permute(2, 1, 0))
 
 
 def _observe(plan: _Plan, group: str) -> Tensor:
