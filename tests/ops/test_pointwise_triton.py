@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from san.ops.kernels.gpu import launch
 from san.ops.kernels.pointwise.native import Linear, Norm
-from san.ops.kernels.pointwise.triton import products, runs
+from san.ops.kernels.pointwise.triton import folded, products, runs
 
 pytestmark = pytest.mark.skipif(not launch.interpreting() or not launch.installed(), reason="needs Triton, interpreted")
 
@@ -49,7 +49,7 @@ def _fused(
 ) -> list[Tensor]:
     tensors = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
     options = {"stem": None if stem is None else stem.weight.flatten(1), "pooled": pooled, **options}
-    return products(x, [Linear(each.weight, each.bias) for each in linears], tensors, x.dtype, **options)
+    return products(x, [Linear(each.weight, each.bias) for each in linears], folded(tensors), x.dtype, **options)
 
 
 def assert_near(found: Tensor, exact: Tensor) -> None:

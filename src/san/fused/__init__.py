@@ -79,6 +79,10 @@ def _norm(layer: Any) -> Norm:
     return Norm(parameters["weight"], parameters["bias"], *statistics, layer.eps)
 
 
+def _affine(layer: Any) -> Tensor:
+    return triton.folded(_norm(layer))
+
+
 def on_own_map(block: Any, x: Tensor) -> Tensor:
     """block(x) for a map that nobody else holds, as another such map; without gradients it is made in x's memory."""
     y = attention_block(block, x, in_place=True)
@@ -123,9 +127,9 @@ def _on_gpu(block: Any, x: Tensor) -> Tensor | None:
     if _drops(block) or not gpu.takes(x, *layers, conv):
         return None
     dtype = portable.product_dtype(x)
-    maps = triton.products(x, [*map(_linear, layers)], _norm(block.bn1), dtype)
+    maps = triton.products(x, [*map(_linear, layers)], _affine(block.bn1), dtype)
     y = sam.attend(*sam.arranged(maps), known_plain=True).contiguous(memory_format=torch.channels_last)
-    return triton.products(y, [_linear(conv)], _norm(block.bn2), dtype, residual=x)[0]
+    return triton.products(y, [_linear(conv)], _affine(block.bn2), dtype, residual=x)[0]
 
 
 def _with_gradients(block: Any, x: Tensor, norm_products: Callable[..., tuple[Tensor, ...]]) -> Tensor:
@@ -166,7 +170,7 @@ def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tenso
         if wanted:
             return portable.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
         if wanted is False and gpu.takes(x, layer):
-            return triton.products(x, [_linear(layer)], _norm(norm), portable.product_dtype(x), pooled=pooled)[0]
+            return triton.products(x, [_linear(layer)], _affine(norm), portable.product_dtype(x), pooled=pooled)[0]
     states = _states(norm, layer) if suits(x) and follows else None
     if states is None:
         return _pooled_linear(layer, norm(x), pooled=pooled)
@@ -212,7 +216,7 @@ def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool
         if wanted:
             return portable_stem.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
         if wanted is False and gpu.takes(image, layer, image=True):
-            behind = [_linear(layer)], _norm(norm), portable.product_dtype(image)
+            behind = [_linear(layer)], _affine(norm), portable.product_dtype(image)
             return triton.products(image, *behind, stem=convolution.weight.flatten(1), pooled=pooled)[0]
     states = _states(convolution, norm, layer) if follows and suits(image) else None
     if states is None:

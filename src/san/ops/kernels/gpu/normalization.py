@@ -86,25 +86,26 @@ def _variance(statistics: Tensor) -> Tensor:
 def fold(
     statistics: Tensor | None,
     averages: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     affine: Tensor,
     places: int = 1,
 ) -> Tensor:
-    """Write scale and shift to `affine` [2, D] in float32, such that the normalised x is scale · x + shift.
+    """Write scale and shift to `affine`, 2 · D numbers in float32, such that the normalised x is scale · x + shift.
 
     Give the statistics [3, D]: `statistics`, or those that running averages [D] stand for where it is None. Channel
     c · places + j goes to j · D/places + c of `affine`.
     """
     from san.ops.kernels.gpu.small import fold_norm
 
-    found = weight.new_empty((3, len(weight)), dtype=torch.float64) if statistics is None else statistics
-    known = [x.contiguous() for x in averages] if statistics is None else [None, None]
-    if len(weight):
-        tensors = (*known, weight.contiguous(), bias.contiguous(), found, affine)
-        grid, constants = (programs(len(weight), 256),), {"EPS": eps, "PLACES": places, "BLOCK": 256}
-        start(fold_norm, grid, *tensors, len(weight), **constants)
+    width = affine.numel() // 2
+    found = affine.new_empty((3, width), dtype=torch.float64) if statistics is None else statistics
+    known = averages if statistics is None else [None, None]
+    if width:
+        tensors = (x if x is None else x.contiguous() for x in (*known, weight, bias))
+        constants = {"EPS": eps, "PLACES": places, "BLOCK": 256}
+        start(fold_norm, (programs(width, 256),), *tensors, found, affine, width, **constants)
     return found
 
 

@@ -27,7 +27,8 @@ def fold_norm(
     """Scale and shift `affine` [2, D], float32, such that BatchNorm(x) = scale · x + shift, in double precision inside.
 
     From `statistics` [3, D], float64: mean, squared deviations, count; or with running averages `mean` and `variance`,
-    which are then written there with a count of 1. Channel c · PLACES + place goes to place · D/PLACES + c.
+    which are then written there with a count of 1. weight and bias [D] may be None. Channel c · PLACES + place goes to
+    place · D/PLACES + c.
     """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     present = channel < width
@@ -42,8 +43,12 @@ def fold_norm(
         count = tl.load(statistics + 2 * width + channel, mask=present, other=1.0)
         # Without samples there is nothing to divide.
         spread = tl.load(statistics + width + channel, mask=present, other=1.0) / tl.maximum(count, 1.0)
-    scale = tl.load(weight + channel, mask=present, other=0.0).to(tl.float64) / tl.sqrt(spread + EPS)
-    shift = tl.load(bias + channel, mask=present, other=0.0).to(tl.float64) - centre * scale
+    scale = 1.0 / tl.sqrt(spread + EPS)
+    if weight is not None:
+        scale *= tl.load(weight + channel, mask=present, other=0.0).to(tl.float64)
+    shift = -centre * scale
+    if bias is not None:
+        shift += tl.load(bias + channel, mask=present, other=0.0).to(tl.float64)
     to = channel % PLACES * (width // PLACES) + channel // PLACES
     tl.store(affine + to, scale.to(tl.float32), mask=present)
     tl.store(affine + width + to, shift.to(tl.float32), mask=present)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from san.ops.kernels.gpu import launch
+from san.ops.kernels.gpu import launch, normalization
 from san.ops.kernels.gpu.launch import block, is_last, laid_out, programs
 from san.ops.kernels.pointwise.native import MAX_PRODUCTS, Linear, Norm
 
-__all__ = ["products", "runs"]
+__all__ = ["folded", "joined", "mode", "outputs_of", "products", "runs"]
 
 
 def runs(x: Tensor, widths: Sequence[int], dtype: torch.dtype) -> bool:
@@ -39,7 +39,7 @@ def _multiplies_in_tf32() -> bool:
     return torch.version.hip is None and convolutions.conv.fp32_precision == "tf32"
 
 
-def _mode(dtype: torch.dtype) -> str:
+def mode(dtype: torch.dtype) -> str:
     """How the kernel multiplies; see `geometry.product`."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if launch.interpreting():
@@ -47,10 +47,17 @@ def _mode(dtype: torch.dtype) -> str:
     return half or "tf32"
 
 
+def folded(norm: Norm) -> Tensor:
+    """Scale and shift [2, C] in float32 of BatchNorm by its running averages."""
+    affine = launch.floats(norm.mean, 2, len(norm.mean))
+    normalization.fold(None, (norm.mean, norm.variance), norm.weight, norm.bias, norm.eps, affine)
+    return affine
+
+
 def products(
     x: Tensor,
     linears: Sequence[Linear],
-    norm: Norm,
+    affine: Tensor,
     dtype: torch.dtype,
     *,
     stem: Tensor | None = None,
@@ -59,9 +66,9 @@ def products(
 ) -> list[Tensor]:
     """W·f(x) + b of up to three Linears, x [B, C, H, W] with channels last → [B, O, H, W] likewise, in `dtype`.
 
-    f is ReLU(BatchNorm(x)), then 2×2 max pooling if `pooled`; with a `stem` [C, K] x is an image [B, K, H, W] of any
-    memory format, and f that of stem · x. `residual`, channels last, is added to the only output, in the dtype to which
-    both promote.
+    f is ReLU(scale · x + shift) of `affine` [2, C], then 2×2 max pooling if `pooled`; with a `stem` [C, K] x is an
+    image [B, K, H, W] of any memory format, and f that of stem · x. `residual`, channels last, is added to the only
+    output, in the dtype to which both promote.
     """
     x = laid_out(x, stem is None or is_last(x))
     size = tuple(side // 2 for side in x.shape[2:]) if pooled else tuple(x.shape[2:])
@@ -69,21 +76,13 @@ def products(
     widths, total = [len(linear.weight) for linear in linears], len(x) * prod(size)
     options: Any = {"dtype": made, "device": x.device, "memory_format": torch.channels_last}
     outputs = [torch.empty((len(x), width, *size), **options) for width in widths]
-    constants = _constants(norm, stem, widths, dtype, total, pooled)
+    constants = _constants(affine.shape[1], stem, widths, dtype, total, pooled)
     grid = (programs(sum(widths), constants["BLOCK_O"]), programs(total, constants["LANES"]))
     room: list[Any] = [None] * (MAX_PRODUCTS - len(linears))
-    launch.start(
-        *(_kernel(), grid, x, _dense(stem)),
-        *map(_dense, (norm.mean, norm.variance, norm.weight, norm.bias)),
-        *(*_joined(linears), residual, *outputs, *room, total, *x.shape[2:], *size),
-        **constants,
-        LAST=is_last(x),
-    )
+    stem = stem if stem is None else stem.contiguous()
+    tensors = (x, stem, affine, *joined(linears), residual, *outputs, *room)
+    launch.start(_kernel(), grid, *tensors, total, *x.shape[2:], *size, **constants, LAST=is_last(x))
     return outputs
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
 
 
 def _kernel() -> Any:
@@ -93,30 +92,33 @@ def _kernel() -> Any:
 
 
 def _constants(
-    norm: Norm, stem: Tensor | None, widths: list[int], dtype: torch.dtype, total: int, pooled: bool
+    channels: int, stem: Tensor | None, widths: list[int], dtype: torch.dtype, total: int, pooled: bool
 ) -> dict[str, Any]:
     """Tiles are as large as compile without spilling registers, see gpu_compile.py.
 
     Pooling reads four pixels for one, so a program makes more channels of them, and sums over fewer at a time.
     """
-    channels, given = len(norm.mean), sum(widths)
     most, made = (32, 256) if pooled else (64, 128)
     return {
         "C": channels,
         "K": 0 if stem is None else stem.shape[1],
-        **{f"O{n + 1}": width for n, width in enumerate([*widths, 0, 0][:MAX_PRODUCTS])},
-        "EPS": norm.eps,
+        **outputs_of(widths),
         "POOLED": pooled,
-        "MODE": _mode(dtype),
+        "MODE": mode(dtype),
         "LANES": launch.lanes(total, 64 if pooled else 128),
         "BLOCK_C": min(block(channels), most // 2 if dtype is torch.float32 else most),
-        "BLOCK_O": min(block(given), made),
+        "BLOCK_O": min(block(sum(widths)), made),
         "num_warps": 8,
         "num_stages": 3,
     }
 
 
-def _joined(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
+def outputs_of(widths: Sequence[int]) -> dict[str, int]:
+    """The kernels' constants for the widths of up to three Linears."""
+    return {f"O{n + 1}": width for n, width in enumerate([*widths, 0, 0][:MAX_PRODUCTS])}
+
+
+def joined(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight [O, C] and one bias [O] of all, None if there is none."""
     weights = [linear.weight.flatten(1) for linear in linears]
     weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
