@@ -24,6 +24,8 @@ from san.ops.normalization import BatchNorm
 class Products(nn.Module):
     """BatchNorm, ReLU, pooling if `pooled`, and products; the first takes a residual with as many channels as it."""
 
+    node = staticmethod(norm_products)
+
     def __init__(self, pooled: bool = False, residual: bool = False, biased: bool = True) -> None:
         super().__init__()
         self.pooled, self.residual = pooled, residual
@@ -39,12 +41,14 @@ class Products(nn.Module):
     def joined(self, x: Tensor, residual: Tensor) -> list[Tensor]:
         linears = [Linear(layer.weight, layer.bias) for layer in self.convolutions]
         options: Any = {"pooled": self.pooled, "residual": residual if self.residual else None, "passes": True}
-        *found, x = norm_products(x, BatchNorm.of(self.norm), linears, **options)
+        *found, x = self.node(x, BatchNorm.of(self.norm), linears, **options)
         return [*found, 3 * x]
 
 
 class Stem(nn.Module):
     """A product, BatchNorm, ReLU, pooling if `pooled`, and a product."""
+
+    node = staticmethod(stem)
 
     def __init__(self, pooled: bool = True) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class Stem(nn.Module):
 
     def joined(self, x: Tensor) -> list[Tensor]:
         norm = BatchNorm.of(self.norm)
-        return [stem(x, self.convolution.weight, norm, self.behind.weight, pooled=self.pooled)]
+        return [self.node(x, self.convolution.weight, norm, self.behind.weight, pooled=self.pooled)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

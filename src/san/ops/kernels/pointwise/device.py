@@ -116,7 +116,7 @@ def products(
     if bias is not None:
         sums += vector(bias, made, made < GIVEN)[None, :]
     if residual is not None:
-        sums += rows_of(residual, lane, made, mask, GIVEN)
+        sums += rows_of(residual, lane, made, mask, O1)
     store_rows(output1, sums, lane, made, mask, O1)
     if output2 is not None:
         store_rows(output2, sums, lane, made - O1, mask, O2)

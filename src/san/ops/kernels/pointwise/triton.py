@@ -67,15 +67,18 @@ def products(
     """W·f(x) + b of up to three Linears, x [B, C, H, W] with channels last → [B, O, H, W] likewise, in `dtype`.
 
     f is ReLU(scale · x + shift) of `affine` [2, C], then 2×2 max pooling if `pooled`; with a `stem` [C, K] x is an
-    image [B, K, H, W] of any memory format, and f that of stem · x. `residual`, channels last, is added to the only
+    image [B, K, H, W] of any memory format, and f that of stem · x. `residual`, channels last, is added to the first
     output, in the dtype to which both promote.
     """
     x = laid_out(x, stem is None or is_last(x))
     size = tuple(side // 2 for side in x.shape[2:]) if pooled else tuple(x.shape[2:])
-    made = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    first = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     widths, total = [len(linear.weight) for linear in linears], len(x) * prod(size)
-    options: Any = {"dtype": made, "device": x.device, "memory_format": torch.channels_last}
-    outputs = [torch.empty((len(x), width, *size), **options) for width in widths]
+    options: Any = {"device": x.device, "memory_format": torch.channels_last}
+    dtypes = [first, *[dtype] * (len(widths) - 1)]
+    outputs = [
+        torch.empty((len(x), width, *size), dtype=own, **options) for width, own in zip(widths, dtypes, strict=True)
+    ]
     constants = _constants(affine.shape[1], stem, widths, dtype, total, pooled)
     grid = (programs(sum(widths), constants["BLOCK_O"]), programs(total, constants["LANES"]))
     room: list[Any] = [None] * (MAX_PRODUCTS - len(linears))

@@ -7,6 +7,7 @@ them. Legend: B batch, K image channels, C channels of the stem, O output channe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,13 @@ from san.ops.kernels.pointwise_training.portable import (
 )
 from san.ops.normalization import BatchNorm, Moments, without_autocast
 
-__all__ = ["stem"]
+__all__ = ["Call", "Pixels", "Sums", "like_parameters", "parameter_gradients", "statistics_of", "stem"]
 
 # Numbers of the full-size map that exist at a time: enough to keep a GPU busy.
 _SHARE = 1 << 26
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Tensors and options of a call; `dtype` is that of the products."""
 
     dtype: torch.dtype
@@ -61,7 +62,7 @@ class _Call(NamedTuple):
         return statistics.normalise(torch.conv2d(part, self.filters), self.norm_weight, self.norm_bias)
 
 
-class _Pixels(NamedTuple):
+class Pixels(NamedTuple):
     """The image's mean [K], and Σ (pixel − mean)(pixel − mean)ᵀ [K, K], in float64; zeros for fixed statistics."""
 
     mean: Tensor
@@ -71,10 +72,10 @@ class _Pixels(NamedTuple):
         return part - self.mean.to(part.dtype)[:, None, None]
 
 
-def _pixels(call: _Call, uses_batch: bool) -> _Pixels:
+def _pixels(call: Call, uses_batch: bool) -> Pixels:
     """Moments of the pixels as the product sees them."""
     channels = call.image.shape[1]
-    found = _Pixels(*(call.image.new_zeros(channels, *more, dtype=torch.float64) for more in ((), (channels,))))
+    found = Pixels(*(call.image.new_zeros(channels, *more, dtype=torch.float64) for more in ((), (channels,))))
     if not uses_batch:
         return found
     for part in call.shares(call.image):
@@ -86,7 +87,7 @@ def _pixels(call: _Call, uses_batch: bool) -> _Pixels:
     return found
 
 
-def _statistics(call: _Call, norm: BatchNorm, pixels: _Pixels) -> Statistics:
+def statistics_of(call: Call, norm: BatchNorm, pixels: Pixels) -> Statistics:
     """BatchNorm's statistics; a batch's move the running averages."""
     if not norm.uses_batch:
         return Statistics.fixed(norm)
@@ -96,7 +97,7 @@ def _statistics(call: _Call, norm: BatchNorm, pixels: _Pixels) -> Statistics:
     return Statistics(mean, torch.rsqrt(deviation / call.samples + norm.eps), True, norm.eps)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Of the gradient g behind BatchNorm: Σ g [C] and Σ g (pixel − mean)ᵀ [C, K]; gradients of W₀ and of the image."""
 
     total: Tensor | None
@@ -106,15 +107,15 @@ class _Sums(NamedTuple):
 
 
 def _sums(
-    call: _Call, statistics: Statistics, pixels: _Pixels, part: Tensor, outer: Tensor, needed: tuple[bool, ...]
-) -> _Sums:
+    call: Call, statistics: Statistics, pixels: Pixels, part: Tensor, outer: Tensor, needed: tuple[bool, ...]
+) -> Sums:
     """Of some images."""
     part = part.to(call.dtype)
     y = call.normalised(part, statistics)
     options: Any = {"pooled": call.pooled, "wanted": (needed[5], False), "wants_input": any(needed[:5])}
     made = back_to_norm(y, [call.behind], [outer], call.dtype, **options)
     if made.input is None:
-        return _Sums(None, None, made.parameters[0], None)
+        return Sums(None, None, made.parameters[0], None)
     wide = torch.promote_types(call.dtype, torch.float32)
     gradient, filters = made.input.to(wide), call.filters.to(wide)
     options = ([len(filters)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
@@ -124,16 +125,16 @@ def _sums(
     if needed[0]:
         scaled = filters * statistics.scale(call.norm_weight).to(wide)[:, None, None, None]
         of_image = back(gradient, part.to(wide), scaled, *options, [True, False, False])[0].to(call.image.dtype)
-    return _Sums(total, of_filters.flatten(1), made.parameters[0], of_image)
+    return Sums(total, of_filters.flatten(1), made.parameters[0], of_image)
 
 
-def _summed(shares: list[_Sums]) -> _Sums:
+def _summed(shares: list[Sums]) -> Sums:
     *sums, images = ([each for each in field if each is not None] for field in zip(*shares, strict=True))
     total = (torch.stack(each).sum(0, dtype=torch.float64) if each else None for each in sums)
-    return _Sums(*total, joined(images, 0) if images else None)
+    return Sums(*total, joined(images, 0) if images else None)
 
 
-def _parameters(call: _Call, statistics: Statistics, pixels: _Pixels, sums: _Sums) -> tuple[Tensor | None, ...]:
+def parameter_gradients(call: Call, statistics: Statistics, pixels: Pixels, sums: Sums) -> tuple[Tensor | None, ...]:
     """Gradients of W, and of BatchNorm's weight and bias."""
     if sums.total is None or sums.product is None:
         return None, None, None
@@ -144,6 +145,14 @@ def _parameters(call: _Call, statistics: Statistics, pixels: _Pixels, sums: _Sum
     if statistics.uses_batch:
         of_weight = of_weight - (of_scale * inverse / call.samples)[:, None] * (rows @ pixels.deviation)
     return statistics.scale(call.norm_weight).double()[:, None] * of_weight, of_scale, sums.total
+
+
+def like_parameters(call: Call, given: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of W, of nothing, and of BatchNorm's weight and bias in their shapes and dtypes, as far as wanted."""
+    return [
+        x.to(like.dtype).view_as(like) if want and x is not None and like is not None else None
+        for x, like, want in zip(given, (call.weight, None, *call[4:6]), wanted, strict=True)
+    ]
 
 
 class _Stem(torch.autograd.Function):
@@ -161,10 +170,10 @@ class _Stem(torch.autograd.Function):
         pooled: bool,
     ) -> Tensor:
         check_samples(image, norm)
-        call = _Call(product_dtype(image), pooled, image, weight, norm_weight, norm_bias, behind)
+        call = Call(product_dtype(image), pooled, image, weight, norm_weight, norm_bias, behind)
         with without_autocast(image):
             pixels = _pixels(call, norm.uses_batch)
-            statistics = _statistics(call, norm, pixels)
+            statistics = statistics_of(call, norm, pixels)
             outputs = []
             for part in call.shares(image):
                 y = call.normalised(part.to(call.dtype), statistics)
@@ -178,18 +187,13 @@ class _Stem(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, mean, spread, centre, deviation = ctx.saved_tensors
-        call, statistics = _Call(*ctx.call, *tensors), Statistics(mean, spread, *ctx.statistics)
-        pixels, needed = _Pixels(centre, deviation), ctx.needs_input_grad
+        call, statistics = Call(*ctx.call, *tensors), Statistics(mean, spread, *ctx.statistics)
+        pixels, needed = Pixels(centre, deviation), ctx.needs_input_grad
         with without_autocast(call.image):
             pairs = zip(call.shares(call.image), call.shares(outer[0]), strict=True)
             sums = _summed([_sums(call, statistics, pixels, *pair, needed) for pair in pairs])
-            of_weight, *of_norm = _parameters(call, statistics, pixels, sums)
-        given = (of_weight, None, *of_norm)
-        own = [
-            x.to(like.dtype).view_as(like) if want and x is not None and like is not None else None
-            for x, like, want in zip(given, (call.weight, None, *call[4:6]), needed[1:5], strict=True)
-        ]
-        return sums.image, *own, sums.behind, None
+            of_weight, *of_norm = parameter_gradients(call, statistics, pixels, sums)
+        return sums.image, *like_parameters(call, (of_weight, None, *of_norm), needed[1:5]), sums.behind, None
 
 
 def stem(image: Tensor, weight: Tensor, norm: BatchNorm, behind: Tensor, *, pooled: bool) -> Tensor:
