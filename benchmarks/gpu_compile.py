@@ -4,8 +4,7 @@
         [--json results.json]
 
 The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
-noted instead of done, and what surrounds them in the networks once without gradients; each kernel is then compiled for
-the given GPUs, NVIDIA's by compute capability and AMD's by architecture, with its constants and its number of warps.
+noted instead of done, and what surrounds them in the networks likewise; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by architecture, with its constants and its number of warps.
 Exit code 1 if one does not compile, spills registers or asks for more shared memory than a multiprocessor has.
 """
 
@@ -43,6 +42,7 @@ from san.ops.kernels.pairwise import triton as pairwise_host
 from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.patchwise import triton as patchwise_host
 from san.ops.kernels.pointwise import device as pointwise
+from san.ops.kernels.pointwise_training import device as pointwise_training
 
 RUN = {
     "aggregation": aggregation_host.run,
@@ -85,7 +85,7 @@ class Launch:
 def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
     """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
     replaced = []
-    for module in (aggregation, border, pairwise, patchwise, pointwise, small):
+    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, small):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
@@ -107,16 +107,24 @@ def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
         RUN[problem.operator](call)
 
 
-def note_network(name: str, dtype: torch.dtype = torch.float32, image: tuple[int, ...] = (1, 3, 32, 32)) -> None:
-    """What surrounds attention in a network without gradients, whose attention is done on the CPU."""
-    network = create_model(name).to(dtype).eval()
+@contextmanager
+def as_on_a_gpu() -> Generator[None]:
+    """Inside, networks on the CPU do around the attention what they do on a GPU."""
     with (
         patch.object(fused, "suits", lambda x: False),
         patch.object(fused.gpu, "DEVICES", {"cpu"}),
         patch.object(launch, "map_refusal", lambda x: None),
-        torch.no_grad(),
     ):
-        network(torch.zeros(image, dtype=dtype))
+        yield
+
+
+def note_network(name: str, dtype: torch.dtype = torch.float32, image: tuple[int, ...] = (2, 3, 64, 64)) -> None:
+    """What surrounds attention in a network, without gradients and in a training step; attention is the CPU's."""
+    network, images = create_model(name).to(dtype), torch.zeros(image, dtype=dtype)
+    with as_on_a_gpu():
+        network(images).float().sum().backward()
+        with torch.no_grad():
+            network.eval()(images)
 
 
 def gpu(target: str) -> GPUTarget:

@@ -7,12 +7,14 @@ and when they must step aside.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.test_fused import ALTERED, MOMENTS, Spy, assert_close, block_of, images, network_of, outcome, plain
+from tests.test_fused import ALTERED, BLOCKS, MOMENTS, Spy, assert_close, block_of, images, network_of, outcome, plain
 from torch import Tensor, nn
 
 import san
@@ -22,6 +24,8 @@ from san.ops import use_backend
 from san.ops.kernels.gpu import launch
 from san.ops.kernels.native import library
 from san.ops.kernels.pointwise import triton
+from san.ops.kernels.pointwise_training import triton as triton_training
+from san.ops.kernels.pointwise_training import triton_stem
 from san.ops.normalization import SynchronizedBatchNorm2d, synchronize_batch_norm
 
 ATTENTION = pytest.mark.parametrize("attention", ["pairwise", "patchwise"])
@@ -114,6 +118,113 @@ def test_attention_of_gpus_fits_in(attention: str, options: dict[str, Any], spy:
         found = outcome(block, x)
     assert spy.blocks() == 1
     assert_close(found, plain(block, x), 1e-4)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the nodes of autograd that Triton's kernels made."""
+    made: list[str] = []
+
+    def noting(module: Any, name: str) -> None:
+        node = getattr(module, name)
+
+        def note(*arguments: Any, **options: Any) -> Any:
+            made.append(name)
+            return node(*arguments, **options)
+
+        monkeypatch.setattr(module, name, note)
+
+    noting(triton_training, "norm_products")
+    noting(triton_stem, "stem")
+    # The CPU's own kernels would be asked first.
+    monkeypatch.setattr(fused, "suits", lambda x: False)
+    return made
+
+
+@INTERPRETED
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("attention", "options", "shape"), BLOCKS, ids=str)
+def test_trained_block_is_its_definition(
+    attention: str, options: dict[str, Any], shape: tuple[int, int, int], training: bool, nodes: list[str]
+) -> None:
+    batch, height, width = shape
+    block, x = block_of(attention, **options).train(training), last(images(batch, 32, height, width))
+    assert_close(outcome(block, x), plain(block, x), 2e-4)
+    assert nodes == ["norm_products"] * 2
+
+
+@INTERPRETED
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("attention", "options"), NETWORKS, ids=str)
+def test_trained_network_is_its_definition(
+    attention: str, options: dict[str, Any], training: bool, format_: torch.memory_format, nodes: list[str]
+) -> None:
+    network = network_of(attention, **options).train(training)
+    x = images(3, options.get("in_chans", 3), 13, 18).contiguous(memory_format=format_)
+    for image_gradient in (False, True):
+        nodes.clear()
+        gradient: Any = {"image_gradient": image_gradient}
+        assert_close(outcome(network, x, **gradient), plain(network, x, **gradient), 5e-4)
+        # Where the stem is not theirs, maps lie as the image does.
+        stem = "in_chans" not in options and not image_gradient
+        assert nodes == (["stem"] * stem + ["norm_products"] * 7 if stem or format_ is torch.channels_last else [])
+
+
+@INTERPRETED
+def test_recomputed_blocks_give_the_same_by_kernels(nodes: list[str]) -> None:
+    network, x = network_of(), images(2, 3, 8, 12)
+    kept = outcome(network, x, image_gradient=False)
+    network.set_grad_checkpointing()
+    assert_close(outcome(network, x, image_gradient=False), kept, 1e-6)
+    assert nodes.count("norm_products") == 7 + 13
+
+
+@INTERPRETED
+def test_stochastic_depth_drops_the_same_by_kernels(nodes: list[str]) -> None:
+    block, x = block_of(drop_path=0.5), last(images(16, 32, 4, 4))
+    found = []
+    for forced in ("auto", "reference"):
+        torch.manual_seed(3)
+        with use_backend(forced):
+            found.append(outcome(block, x))
+    assert nodes
+    assert bool((found[0]["y"] == x).flatten(1).all(1).any())
+    assert_close(*found, 2e-4)
+
+
+def _share_of_a_step(rank: int | None) -> dict[str, Tensor]:
+    """Gradients and averages of one process's images, or of all."""
+    torch.manual_seed(0)
+    block = synchronize_batch_norm(block_of("patchwise"))
+    x = last(images(5, 32, 6, 6))
+    x = x if rank is None else x[:2] if rank == 0 else x[2:]
+    y = block(x)
+    y.square().sum().backward()
+    return {**{f"d {name}": each.grad for name, each in block.named_parameters()}, **dict(block.named_buffers())}
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    gpu.DEVICES, fused.suits = {"cpu"}, lambda x: False
+    calls: list[int] = []
+    node = triton_training.norm_products
+    triton_training.norm_products = lambda *arguments, **options: (calls.append(1), node(*arguments, **options))[1]
+    found = _share_of_a_step(rank)
+    torch.save({**found, "calls": torch.tensor(len(calls))}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@INTERPRETED
+def test_two_processes_equal_one_by_kernels(tmp_path: Path) -> None:
+    """Summed gradients and running averages of unequal shares."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.pop("calls") == second.pop("calls") == 2
+    found = {name: x + second[name] if name.startswith("d ") else x for name, x in first.items()}
+    assert_close(found, _share_of_a_step(None), 5e-4)
 
 
 def test_channels_last_stays() -> None:
@@ -326,10 +437,10 @@ def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
 
 def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = synchronize_batch_norm(block_of().double()), images(2, 32, 7, 7).double()
-    assert gpu.wants_gradients(x, block)
+    assert gpu.norm_products(x, [], block)
     monkeypatch.setattr(SynchronizedBatchNorm2d, "several_processes", lambda norm: True)
-    assert gpu.wants_gradients(x, block) is None
-    assert gpu.wants_gradients(x, block.eval())
+    assert gpu.norm_products(x, [], block) is None
+    assert gpu.norm_products(x, [], block.eval())
 
 
 def test_one_pixel_has_no_statistics() -> None:
@@ -359,10 +470,11 @@ NATIVE = pytest.mark.skipif(library.load() is None, reason="the native library i
 
 
 @NATIVE
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last], ids=str)
 @ATTENTION
-def test_block_keeps_few_maps(attention: str) -> None:
+def test_block_keeps_few_maps(attention: str, format_: torch.memory_format) -> None:
     """Input, query, key, value and aggregate; patchwise attention's hidden layer besides."""
-    channels, x = 256, images(4, 256, 14, 14).requires_grad_()
+    channels, x = 256, images(4, 256, 14, 14).contiguous(memory_format=format_).requires_grad_()
     block = block_of(attention, channels, 7)
     widths = channels + 2 * channels // 16 + 2 * channels // 4 + (channels // 32 if attention == "patchwise" else 0)
     maps = 4 * widths * 4 * 14 * 14

@@ -28,6 +28,7 @@ from san.ops.kernels.gpu import border, launch, small
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.pointwise import device as pointwise
+from san.ops.kernels.pointwise_training import device as pointwise_training
 
 __all__ = ["FEATURES", "GPU_ONLY", "count_compilations"]
 
@@ -51,7 +52,7 @@ def _compilations() -> Generator[list[str]]:
 
 def _forget_kernels() -> None:
     """Empty the JIT functions' caches in this process, whatever ran before; what is on disk stays."""
-    for module in (aggregation, border, pairwise, patchwise, pointwise, small):
+    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, small):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()

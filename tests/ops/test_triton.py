@@ -344,7 +344,14 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     found = subprocess.run(command, **_alone())
     assert report.exists(), found.stdout + found.stderr
     kernels = json.loads(report.read_text())["kernels"]
-    assert {each["form"] for each in kernels} == {"pairwise", "patchwise", "aggregation", "pointwise", "gpu"}
+    assert {each["form"] for each in kernels} == {
+        "pairwise",
+        "patchwise",
+        "aggregation",
+        "pointwise",
+        "pointwise_training",
+        "gpu",
+    }
     names = {"attend", "hidden", "aggregate", "products", "fold_norm", "position_map"}
     inference = [each for each in kernels if each["kernel"] in names]
     assert {each["kernel"] for each in inference} == names

@@ -30,7 +30,7 @@ from san.ops.kernels.native import library, operators
 from san.ops.kernels.native.recording import Recording
 from san.ops.kernels.pointwise import triton
 from san.ops.kernels.pointwise.native import MAX_STEM_CHANNELS, Linear, Norm, fold, products
-from san.ops.kernels.pointwise_training import native, portable, portable_stem
+from san.ops.kernels.pointwise_training import native, portable
 from san.ops.normalization import BatchNorm
 
 __all__ = [
@@ -120,10 +120,11 @@ def _on_gpu(block: Any, x: Tensor) -> Tensor | None:
     wanted = gpu.wants_gradients(x, block) if registered(block) else None
     if wanted is None or x.shape[1] != block.bn1.num_features:
         return None
-    if wanted:
-        return _with_gradients(block, x, portable.norm_products)
     sam, conv = block.sam, block.conv
     layers = sam.transformations_of_input()
+    if wanted:
+        node = gpu.norm_products(x, [*layers, conv], block)
+        return _with_gradients(block, x, node) if node else None
     if _drops(block) or not gpu.takes(x, *layers, conv):
         return None
     dtype = portable.product_dtype(x)
@@ -167,8 +168,9 @@ def norm_pool_linear(norm: Any, layer: Any, x: Tensor, *, pooled: bool) -> Tenso
     follows = _follows(norm, layer) and x.shape[1] == norm.num_features
     if follows and gpu.suits(x):
         wanted = gpu.wants_gradients(x, norm, layer)
-        if wanted:
-            return portable.norm_products(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
+        node = gpu.norm_products(x, [layer], norm) if wanted else None
+        if node:
+            return node(x, BatchNorm.of(norm), [_linear(layer)], pooled=pooled)[0]
         if wanted is False and gpu.takes(x, layer):
             return triton.products(x, [_linear(layer)], _affine(norm), portable.product_dtype(x), pooled=pooled)[0]
     states = _states(norm, layer) if suits(x) and follows else None
@@ -213,8 +215,9 @@ def stem(convolution: Any, norm: Any, layer: Any, image: Tensor, *, pooled: bool
     follows = _follows(norm, layer) and layer.bias is None and takes_stem(convolution, norm, image)
     if follows and gpu.suits(image):
         wanted = gpu.wants_gradients(image, convolution, norm, layer)
-        if wanted:
-            return portable_stem.stem(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
+        node = gpu.stem(image, convolution, norm, layer) if wanted else None
+        if node:
+            return node(image, convolution.weight, BatchNorm.of(norm), layer.weight, pooled=pooled)
         if wanted is False and gpu.takes(image, layer, image=True):
             behind = [_linear(layer)], _affine(norm), portable.product_dtype(image)
             return triton.products(image, *behind, stem=convolution.weight.flatten(1), pooled=pooled)[0]

@@ -83,6 +83,8 @@ class _Back(NamedTuple):
             "BLOCK_C": min(block(channels), most),
             "BLOCK_O": min(block(given), made),
             "num_warps": 8,
+            # Within the 99 kB of shared memory that a multiprocessor has at least.
+            "num_stages": 2,
         }
 
     def gradients(self) -> list[Any]:
@@ -94,7 +96,7 @@ class _Back(NamedTuple):
         from san.ops.kernels.pointwise_training.device import back_to_norm
 
         total, constants = self.sizes[0], self.constants(128, 32)
-        lanes = launch.lanes(total, 32 if self.pooled else 128)
+        lanes = launch.lanes(total, 32 if self.pooled else 64)
         count, channels = programs(total, lanes), self.x.shape[1]
         odd = self.pooled and any(side % 2 for side in self.x.shape[2:])
         gradient = torch.zeros_like(self.x) if odd else torch.empty_like(self.x)
@@ -110,7 +112,7 @@ class _Back(NamedTuple):
 
         given, channels = self.weight.shape
         total, constants = self.sizes[0], self.constants(128, 128)
-        lanes = launch.lanes(total, 32 if self.pooled else 64)
+        lanes = launch.lanes(total, (32 if self.pooled else 64) // (self.dtype.itemsize // 2))
         blocks = programs(given, constants["BLOCK_O"]) * programs(channels, constants["BLOCK_C"])
         count, each = shares(programs(total, lanes), blocks)
         sums = floats(self.x, count, given, channels + 1)

@@ -76,7 +76,7 @@ def _sums(call: Call, affine: Tensor, pixels: Pixels, outer: Tensor) -> Sums:
     image, weight = _dense(call), call.behind.flatten(1).contiguous()
     (given, channels), colours = weight.shape, image.shape[1]
     total = len(image) * outer.shape[2] * outer.shape[3]
-    lanes = launch.lanes(total, 64)
+    lanes = launch.lanes(total, 16)
     count, each = shares(programs(total, lanes), 1)
     sums = floats(image, count, 1 + colours + given, channels)
     tensors = (image, call.filters.flatten(1).contiguous(), affine, pixels.mean.float(), weight, last(outer), sums)
