@@ -4,8 +4,10 @@
         [--json results.json]
 
 The attention layers of both SAN10 at 224×224 run once, forward and backward, in training, on the CPU, with launches
-noted instead of done, and what surrounds them in the networks likewise; each kernel is then compiled for the given GPUs, NVIDIA's by compute capability and AMD's by architecture, with its constants and its number of warps.
-Exit code 1 if one does not compile, spills registers or asks for more shared memory than a multiprocessor has.
+noted instead of done, and what surrounds them in the networks likewise; each kernel is then compiled for the given
+GPUs, NVIDIA's by compute capability and AMD's by architecture, with its constants and its number of warps; with few
+layers those of stage 1, and a SAN4 around them. Exit code 1 if one does not compile, spills registers or asks for more
+shared memory than a multiprocessor has.
 """
 
 from __future__ import annotations
@@ -187,8 +189,8 @@ def main() -> None:
     with device_modules(noted):
         for case, training in product(cases, (True, False)):
             note_call(replace(case, training=training), getattr(torch, given.dtype))
-        for form in ("pairwise", "patchwise"):
-            note_network(f"san10_{form}", getattr(torch, given.dtype))
+        for name in ("san10_pairwise", "san10_patchwise") if given.layers == "all" else ("san4_pairwise",):
+            note_network(name, getattr(torch, given.dtype))
     jobs = [(each, target) for target in given.target for each in noted]
     with ProcessPoolExecutor() as pool:
         rows = list(pool.map(compiled, *zip(*jobs, strict=True)))
