@@ -38,7 +38,7 @@ from san import create_model, fused, ops
 from san.ops.cases import SAN10_LAYERS, Case
 from san.ops.kernels.aggregation import device as aggregation
 from san.ops.kernels.aggregation import triton as aggregation_host
-from san.ops.kernels.gpu import border, launch, small
+from san.ops.kernels.gpu import border, launch, statistics
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.pairwise import triton as pairwise_host
 from san.ops.kernels.patchwise import device as patchwise
@@ -87,7 +87,7 @@ class Launch:
 def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
     """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
     replaced = []
-    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, small):
+    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, statistics):
         for name in module.__all__:
             kernel = getattr(module, name)
             if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:

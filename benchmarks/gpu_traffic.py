@@ -132,9 +132,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     given = parser.parse_args()
     rows = []
-    print(
-        "| network | mode | around the attention | moved, MB an image | of ResNet26's | kept | peak |\n|---|---|---|---|---|---|---|"
-    )
+    print("| network | mode | around the attention | moved, MB an image | of ResNet26's | kept | peak |")
+    print("|---" * 7 + "|")
     for mode in ("inference", "training"):
         contestants = [("baseline_resnet26", False)]
         contestants += [(f"san10_{form}", joined) for form in ("pairwise", "patchwise") for joined in (False, True)]

@@ -24,7 +24,7 @@ from san import create_model, ops
 from san.errors import UserError
 from san.ops.cases import CASES, SAN10_LAYERS
 from san.ops.kernels.aggregation import device as aggregation
-from san.ops.kernels.gpu import border, launch, small
+from san.ops.kernels.gpu import border, launch, statistics
 from san.ops.kernels.pairwise import device as pairwise
 from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.pointwise import device as pointwise
@@ -52,7 +52,7 @@ def _compilations() -> Generator[list[str]]:
 
 def _forget_kernels() -> None:
     """Empty the JIT functions' caches in this process, whatever ran before; what is on disk stays."""
-    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, small):
+    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, statistics):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()

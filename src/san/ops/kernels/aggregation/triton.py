@@ -127,7 +127,9 @@ def _attend(
 
     value, hidden = laid_out(value, is_last(value)), hidden.contiguous()
     plan = _hidden_plan(hidden, value, matrix, geometry)
-    statistics, affine = normalization.of_map(hidden, batch=batch, group=group), launch.floats(hidden, 2, plan.hidden)
+    statistics, affine = None, launch.floats(hidden, 2, plan.hidden)
+    if batch:
+        statistics = normalization.of_rows(hidden, plan.hidden, group)
     statistics = normalization.fold(statistics, averages, norm_weight, norm_bias, eps, affine)
     output = like_value(value, plan.size)
     plan.launch(aggregate, value, value, hidden, affine, *_by_place(matrix, bias, plan), output)
@@ -179,14 +181,15 @@ def _attend_backward(
     tensors = (value, gradient, hidden, affine, weight, value, of_hidden, sums)
     plan.launch(aggregate_backward_weight, *tensors, backward=True)
     of_affine = sums.sum(0, dtype=torch.float64)
-    back = normalization.back(statistics, norm_weight, eps, *of_affine, batch=batch, group=group)
+    back = normalization.back(statistics, norm_weight, eps, of_affine, batch=batch, group=group)
     if batch:
-        of_hidden += hidden * back.slope.float() + back.intercept.float()
+        slope, intercept = back.slopes
+        of_hidden += torch.addcmul(intercept, hidden, slope)
     tensors = (gradient, value, hidden, affine, weight, offset)
     of_value = plan.launch_bordered(aggregate_backward_value, *tensors, **plan.constants(backward=True))
     of_matrix, of_bias = _parameter_gradients(plan, value, gradient, hidden, affine)
-    own = [back.weight.to(norm_weight.dtype), back.bias.to(norm_weight.dtype)]
-    return [of_hidden, of_value, *own, of_matrix.to(matrix.dtype), of_bias.to(bias.dtype)]
+    own = back.parameters.to(norm_weight.dtype)
+    return [of_hidden, of_value, *map(torch.clone, own), of_matrix.to(matrix.dtype), of_bias.to(bias.dtype)]
 
 
 def _parameter_gradients(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, distributed
 
 from san.errors import UserError
-from san.ops.kernels.gpu.launch import programs, start
+from san.ops.kernels.gpu.launch import block, floats, lanes, programs, shares, start
+from san.ops.kernels.native.operators import unobserved
 from san.ops.mapping import MappingLayer
-from san.ops.normalization import BatchNorm, Moments, merge_moments, moments, synchronize_moments
+from san.ops.normalization import BatchNorm, Moments, synchronize_moments
 
 __all__ = [
     "Back",
@@ -24,38 +25,73 @@ __all__ = [
     "group_name",
     "merged",
     "move_running",
-    "of_map",
+    "of_rows",
     "parameters",
 ]
 
 
+# Parts that one program merges, and channels that one takes.
+_CHUNK, _CHANNELS = 256, 64
+
+
 class Back(NamedTuple):
-    """Gradients of BatchNorm's weight and bias [D]; every sample x behind its moments gets slope · x + intercept."""
+    """What a backward pass of BatchNorm gives.
 
-    weight: Tensor
-    bias: Tensor
-    slope: Tensor
-    intercept: Tensor
-
-
-def merged(parts: Tensor, counts: Tensor, group: str) -> Tensor:
-    """Statistics [3, D], mean, squared deviations and count, of parts [T, 2, D] of `counts` [T] samples each.
-
-    A `group` that is not empty names the processes that share them.
+    `parameters` [2, D], float64: gradients of weight and bias. `slopes` [2, D], float32: every sample x behind the
+    moments gets slope · x + intercept.
     """
-    parts = parts.to(torch.float64)
-    total = merge_moments(Moments(counts.to(torch.float64), parts[:, 0], parts[:, 1]))
-    if group:
-        total = synchronize_moments(total, _group(group))
+
+    parameters: Tensor
+    slopes: Tensor
+
+
+def merged(parts: Tensor, total: int, share: int, group: str, *, samples: int = 1, places: int = 1) -> Tensor:
+    """Statistics [3, D], mean, squared deviations and count, of parts [T, 2, D] of `share` pixels each, of `total`.
+
+    A pixel has so many `samples`. Channel j · D/places + c of the parts goes to c · places + j. A `group` that is not
+    empty names the processes that share the statistics.
+    """
+    from san.ops.kernels.gpu.statistics import merge_moments
+
+    width = parts.shape[2]
+    found = parts.new_zeros((3, width), dtype=torch.float64)
+    if len(parts) and width:
+        # Always two launches, so that more parts, in a larger batch, compile nothing new.
+        fewer = parts.new_empty((programs(len(parts), _CHUNK), 2, width), dtype=torch.float64)
+        steps = ((parts, fewer, share, _CHUNK), (fewer, found, share * _CHUNK, len(fewer)))
+        for given, made, pixels, chunk in steps:
+            final = made is found
+            start(
+                *(merge_moments, (programs(width, _CHANNELS), 1 if final else len(made)), given, made),
+                *(len(given), width, total, pixels, chunk),
+                SAMPLES=samples,
+                PLACES=places if final else 1,
+                FINAL=final,
+                BLOCK_T=32,
+                BLOCK=_CHANNELS,
+            )
+    return _synchronized(found, group) if group else found
+
+
+def _synchronized(local: Tensor, group: str) -> Tensor:
+    """Statistics of all processes."""
+    total = synchronize_moments(Moments(local[2, 0], local[0], local[1]), _group(group))
     return torch.stack([total.mean, total.deviation, total.count.expand_as(total.mean)])
 
 
-def of_map(x: Tensor, *, batch: bool, group: str) -> Tensor | None:
-    """Statistics [3, D] of x [B, P, D]; None where those of running averages are taken."""
-    if not batch:
-        return None
-    found = moments(x.transpose(1, 2))
-    return merged(torch.stack([found.mean, found.deviation])[None], found.count.reshape(1), group)
+def of_rows(x: Tensor, channels: int, group: str) -> Tensor:
+    """Statistics [3, C] of the rows of x [N, C], dense memory of any shape."""
+    from san.ops.kernels.gpu.statistics import row_moments
+
+    total = x.numel() // channels
+    width, rows = min(block(channels), _CHANNELS), lanes(total, 64)
+    columns = programs(channels, width)
+    count, each = shares(programs(total, rows), columns)
+    parts = floats(x, count, 2, channels) if total else floats(x, 0, 2, channels)
+    if total:
+        constants = {"C": channels, "LANES": rows, "BLOCK_C": width}
+        start(row_moments, (columns, count), x, parts, total, each, **constants)
+    return merged(parts, total, each * rows, group)
 
 
 def parameters(layer: MappingLayer) -> list[Tensor]:
@@ -79,10 +115,6 @@ def averages(norm: BatchNorm) -> list[Tensor]:
     return [norm.running_mean, norm.running_var]
 
 
-def _variance(statistics: Tensor) -> Tensor:
-    return statistics[1] / statistics[2].clamp_min(1)
-
-
 def fold(
     statistics: Tensor | None,
     averages: Sequence[Tensor],
@@ -97,7 +129,7 @@ def fold(
     Give the statistics [3, D]: `statistics`, or those that running averages [D] stand for where it is None. Channel
     c · places + j goes to j · D/places + c of `affine`.
     """
-    from san.ops.kernels.gpu.small import fold_norm
+    from san.ops.kernels.gpu.statistics import fold_norm
 
     width = affine.numel() // 2
     found = affine.new_empty((3, width), dtype=torch.float64) if statistics is None else statistics
@@ -110,28 +142,52 @@ def fold(
 
 
 def back(
-    statistics: Tensor, weight: Tensor, eps: float, of_scale: Tensor, of_shift: Tensor, *, batch: bool, group: str
+    statistics: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    of_affine: Tensor,
+    *,
+    batch: bool,
+    group: str,
+    places: int = 1,
 ) -> Back:
-    """Back from gradients at scale and shift; with `batch` statistics also to the samples that gave them."""
-    mean, inverse = statistics[0], torch.rsqrt(_variance(statistics) + eps)
-    own = inverse * (of_scale - mean * of_shift)
-    if not batch:
-        nothing = torch.zeros_like(own)
-        return Back(own, of_shift, nothing, nothing)
-    both = torch.stack([own, of_shift])
-    if group:
-        both = both.clone()
-        distributed.all_reduce(both, group=_group(group))
-    # Without samples there is nothing to give them.
-    factor = weight.double() * inverse / statistics[2].clamp_min(1)
-    slope = -factor * inverse * both[0]
-    return Back(own, of_shift, slope, -factor * both[1] - slope * mean)
+    """Back from gradients at scale and shift [2, D], in float64; with `batch` statistics to the samples that gave them.
+
+    Channel c · places + j lies at j · D/places + c of the slopes.
+    """
+    from san.ops.kernels.gpu.statistics import back_norm
+
+    own, width = of_affine.contiguous(), of_affine.shape[1]
+    everyone = own
+    if batch and group:
+        everyone = own.clone()
+        distributed.all_reduce(everyone, group=_group(group))
+    found = Back(torch.empty_like(own), floats(own, 2, width))
+    if width:
+        constants = {"EPS": eps, "BATCH": batch, "PLACES": places, "BLOCK": 256}
+        weight = weight if weight is None else weight.contiguous()
+        start(back_norm, (programs(width, 256),), statistics, weight, own, everyone, *found, width, **constants)
+    return found
 
 
 def move_running(norm: BatchNorm, statistics: Tensor) -> None:
     """Let statistics of all processes move the running averages."""
-    if norm.uses_batch and norm.updates_running:
+    mean, variance = norm.running_mean, norm.running_var
+    if not (norm.uses_batch and norm.updates_running) or mean is None or variance is None:
+        return
+    dense = all(type(x) is Tensor and x.is_contiguous() for x in (statistics, mean, variance))
+    if norm.momentum is None or not dense or not unobserved():
         norm._move_running(Moments(statistics[2, 0], statistics[0], statistics[1]))
+        return
+    from san.ops.kernels.gpu.statistics import move_averages
+
+    if norm.batches_seen is not None:
+        norm.batches_seen.add_(1)
+    width = len(mean)
+    constants = {"MOMENTUM": norm.momentum, "BLOCK": 256}
+    start(move_averages, (programs(width, 256),), statistics, mean, variance, width, **constants)
+    # As an operator would that writes to them.
+    torch.autograd.graph.increment_version((mean, variance))
 
 
 def group_name(norm: BatchNorm) -> str:

@@ -38,6 +38,7 @@ __all__ = [
     "attend_backward_mapping",
     "attend_backward_query",
     "observe",
+    "position_map",
 ]
 
 # Rows of the tile of extras: the least that a product takes.
@@ -1032,3 +1033,17 @@ def attend_backward_key(
         of_seen = -of_seen if POSITION == "relative" else of_seen
         present = mask[None, :] & ((axis >= 0) & (axis < 2))[:, None]
         tl.store(position_gradient + lane[None, :] * 2 + axis[:, None], of_seen, mask=present)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def position_map(weight, bias, output, height, width, BLOCK: tl.constexpr):
+    """Position [2, H, W] of every pixel in float32: weight [2, 2] · (x, y) + bias, coordinates from −1 to 1."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = (pixel % width).to(tl.float32) * (2.0 / tl.maximum(width - 1, 1)) - 1.0
+    y = (pixel // width).to(tl.float32) * (2.0 / tl.maximum(height - 1, 1)) - 1.0
+    for axis in tl.static_range(2):
+        along, across = tl.load(weight + 2 * axis).to(tl.float32), tl.load(weight + 2 * axis + 1).to(tl.float32)
+        p = along * x + across * y
+        if bias is not None:
+            p += tl.load(bias + axis).to(tl.float32)
+        tl.store(output + axis * height * width + pixel, p, mask=pixel < height * width)

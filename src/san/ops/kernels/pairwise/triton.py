@@ -123,11 +123,10 @@ def _observe(
     lanes = tile["LANES"]
     count = programs(total, lanes)
     parts = torch.zeros((count, 2, plan.widths[layers]), dtype=torch.float32, device=query.device)
-    samples = (total - torch.arange(count, device=query.device) * lanes).clamp(max=lanes)
     if count:
         arguments = (query, key, position, gamma, parts, *plan.sizes)
         launch.start(observe, (count,), *arguments, **plan.constants(layers, value=False), **tile)
-    return normalization.merged(parts, samples * plan.footprint.places, group)
+    return normalization.merged(parts, total, lanes, group, samples=plan.footprint.places)
 
 
 @torch.library.custom_op("san::triton_pairwise", mutates_args=())
@@ -247,15 +246,13 @@ def _through_statistics(
     at, widths = walk.plan.parameters, walk.plan.widths
     for layer in reversed(range(len(statistics))):
         start, width = at(layer), widths[layer]
-        of_scale, of_shift = walk.sums[start : start + 2 * width].view(2, width)
-        back = normalization.back(
-            statistics[layer], weights[layer], eps[layer], of_scale, of_shift, batch=batch[layer], group=group
-        )
-        slope = torch.stack([back.slope, back.intercept]).float()
+        of_affine = walk.sums[start : start + 2 * width].view(2, width)
+        options: Any = {"batch": batch[layer], "group": group}
+        back = normalization.back(statistics[layer], weights[layer], eps[layer], of_affine, **options)
         if batch[layer]:
-            walk.observed(layer, slope)
-        walk.sums[start : start + 2 * width] = torch.cat([back.weight, back.bias])
-        found.insert(0, slope.flatten())
+            walk.observed(layer, back.slopes)
+        of_affine.copy_(back.parameters)
+        found.insert(0, back.slopes.flatten())
     return torch.cat(found) if any(batch) and found else None
 
 
@@ -434,7 +431,7 @@ def _widths(call: PairwiseCall) -> list[int]:
 
 def _position_map(call: PairwiseCall) -> Tensor:
     """Position of every pixel [1, 2, H, W] in float32; zeros where there is none."""
-    from san.ops.kernels.gpu.small import position_map
+    from san.ops.kernels.pairwise.device import position_map
 
     (height, width), position = call.query.shape[2:], call.position
     if position is None:

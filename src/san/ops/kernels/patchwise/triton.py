@@ -57,13 +57,8 @@ class _Plan(Plan):
         return found | {"GIVEN": self.given, "BLOCK_O": self.block, "MODE": mode(self.map, backward=backward)}
 
 
-def _by_place(x: Tensor, places: int) -> Tensor:
-    """Columns c · K + j of x [n, R · K] as [n, K, R]."""
-    return x.view(len(x), -1, places).transpose(1, 2).contiguous()
-
-
 def _by_channel(x: Tensor) -> Tensor:
-    """The reverse: [n, K, R] as [n, R · K]."""
+    """[n, K, R] as [n, R · K], columns c · K + j."""
     return x.transpose(1, 2).flatten(1)
 
 
@@ -108,12 +103,10 @@ def _observe(plan: _Plan, group: str) -> Tensor:
     tiles = programs(plan.total, lanes)
     count, each = shares(tiles, places)
     parts = torch.zeros((count, 2, places, plan.channels), dtype=torch.float32, device=plan.map.device)
-    first = torch.arange(count, device=plan.map.device) * (each * lanes)
-    samples = (plan.total - first).clamp(0, each * lanes)
     if plan.total:
         constants = replace(plan, given=0).constants()
         launch.start(observe, (places, count), plan.map, parts, *plan.sizes, each, **constants)
-    return normalization.merged(parts.transpose(2, 3).flatten(2), samples, group)
+    return normalization.merged(parts.flatten(2), plan.total, each * lanes, group, places=places)
 
 
 @_forward.register_fake
@@ -150,12 +143,12 @@ def _backward(
         of_matrix, of_affine = _parameter_gradients(plan, gradient, affine, layer)
     else:
         of_matrix, of_affine = torch.zeros_like(matrix), statistics.new_zeros(2, matrix.shape[1])
-    back = normalization.back(statistics, norm_weight, eps, *of_affine, batch=batch, group=group)
-    slopes = _by_place(torch.stack([back.slope, back.intercept]).float(), plan.footprint.places)
-    arguments = (hidden_backward_key, gradient, key, affine, layer, slopes)
+    places = plan.footprint.places
+    back = normalization.back(statistics, norm_weight, eps, of_affine, batch=batch, group=group, places=places)
+    arguments = (hidden_backward_key, gradient, key, affine, layer, back.slopes)
     of_key = plan.launch_bordered(*arguments, **plan.constants(backward=True), SLOPES=batch)
-    own = [back.weight.to(norm_weight.dtype), back.bias.to(norm_weight.dtype)]
-    return [of_key, *own, of_matrix.to(matrix.dtype)]
+    own = back.parameters.to(norm_weight.dtype)
+    return [of_key, *map(torch.clone, own), of_matrix.to(matrix.dtype)]
 
 
 def _parameter_gradients(plan: _Plan, gradient: Tensor, affine: Tensor, layer: Tensor) -> tuple[Tensor, Tensor]:

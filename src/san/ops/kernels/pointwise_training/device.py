@@ -1,9 +1,9 @@
 """Training through BatchNorm · ReLU · pooling · products on the channel axis as Triton kernels that keep the input.
 
-Forward takes BatchNorm's moments here, its products are in `kernels/pointwise/device.py`. Backward normalises the input
-a second time, tile by tile: one kernel goes back to BatchNorm, with the sums that its own gradients need; one makes the
-gradients of the products' weights; one joins what reaches the input. Every program writes sums of its own, which are
-added afterwards in a fixed order: no atomics. Maps have their channels last, so that a batch of them is one matrix.
+Forward's products are in `kernels/pointwise/device.py`. Backward normalises the input a second time, tile by tile: one
+kernel goes back to BatchNorm, with the sums that its own gradients need; one makes the gradients of the products'
+weights; one joins what reaches the input. Every program writes sums of its own, which are added afterwards in a fixed
+order: no atomics. Maps have their channels last, so that a batch of them is one matrix.
 Legend: N pixels of a batch, C channels that enter, O output channels of all products, K image channels.
 """
 
@@ -15,31 +15,9 @@ import triton.language as tl
 from san.ops.kernels.gpu.geometry import load_tile, product, relu, tile_of
 from san.ops.kernels.pointwise.device import entering, normalised, rows_of, store_rows, vector
 
-__all__ = ["back_to_input", "back_to_norm", "image_moments", "map_moments", "of_products", "stem_backward"]
+__all__ = ["back_to_input", "back_to_norm", "image_moments", "of_products", "stem_backward"]
 
 _SIZES = ["total", "height", "width", "rows", "columns", "tiles"]
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def map_moments(x, moments, total, tiles, C: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and squared deviations of every channel over this program's `tiles` tiles of pixels: [programs, 2, C]."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, deviation = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    before = 0.0
-    for tile in range(tl.program_id(1) * tiles, tl.program_id(1) * tiles + tiles):
-        lane = tl.cast(tile, tl.int64) * LANES + tl.arange(0, LANES)
-        mask = lane < total
-        seen = rows_of(x, lane, channel, mask, C)
-        count = tl.sum(mask.to(tl.float32), 0)
-        centre = tl.sum(seen, 0) / tl.maximum(count, 1.0)
-        distance = tl.where(mask[:, None], seen - centre[None, :], 0.0)
-        away, share = centre - mean, count / tl.maximum(before + count, 1.0)
-        mean += away * share
-        deviation += tl.sum(distance * distance, 0) + away * away * before * share
-        before += count
-    to = moments + tl.program_id(1).to(tl.int64) * (2 * C) + channel
-    tl.store(to, mean, mask=channel < C)
-    tl.store(to + C, deviation, mask=channel < C)
 
 
 @triton.jit

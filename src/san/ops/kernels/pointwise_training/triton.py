@@ -30,26 +30,11 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).resolve_neg()
 
 
-def _moments(x: Tensor, group: str) -> Tensor:
-    """Statistics [3, C] of a map's channels."""
-    from san.ops.kernels.pointwise_training.device import map_moments
-
-    channels, total = x.shape[1], x.numel() // x.shape[1]
-    width, lanes = min(block(channels), 64), launch.lanes(total, 64)
-    columns = programs(channels, width)
-    count, each = shares(programs(total, lanes), columns)
-    parts = floats(x, count, 2, channels)
-    constants = {"C": channels, "LANES": lanes, "BLOCK_C": width}
-    launch.start(map_moments, (columns, count), x, parts, total, each, **constants)
-    samples = (total - torch.arange(count, device=x.device) * (each * lanes)).clamp(0, each * lanes)
-    return normalization.merged(parts, samples, group)
-
-
 def _normal(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift [2, C] and statistics [3, C] of BatchNorm, whose running averages move."""
     check_samples(x, norm)
     affine = floats(x, 2, x.shape[1])
-    found = _moments(x, normalization.group_name(norm)) if norm.uses_batch else None
+    found = normalization.of_rows(x, x.shape[1], normalization.group_name(norm)) if norm.uses_batch else None
     options = (normalization.averages(norm), norm.weight, norm.bias, norm.eps, affine)
     statistics = normalization.fold(found, *options)
     normalization.move_running(norm, statistics)
@@ -187,11 +172,9 @@ class _NormProducts(torch.autograd.Function):
             # Other processes wait for the sums of this one, whatever is wanted here.
             if needed[0] or any(needed[5:7]) or group:
                 gradient, sums = back.to_norm()
-                scale = affine.new_ones(x.shape[1]) if norm_weight is None else norm_weight
-                own = normalization.back(statistics, scale, eps, *sums, batch=batch, group=group)
-                slopes = torch.stack([own.slope, own.intercept]).float() if batch else None
-                of_x = back.to_input(gradient, slopes, passed) if needed[0] else None
-                of_norm_weight, of_norm_bias = own.weight, own.bias
+                own = normalization.back(statistics, norm_weight, eps, sums, batch=batch, group=group)
+                of_x = back.to_input(gradient, own.slopes if batch else None, passed) if needed[0] else None
+                of_norm_weight, of_norm_bias = own.parameters
         of_norm = [x if want else None for x, want in zip((of_norm_weight, of_norm_bias), needed[5:7], strict=True)]
         of_residual = given[0].to(ctx.residual) if needed[1] else None
         return of_x, of_residual, None, None, None, *of_norm, *of_parameters
