@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import floors
+from benchmarks import floors, gpu_traffic
 from benchmarks.gpu_parts import correctness, features, report, workers
 from benchmarks.gpu_parts.scale import FULL, QUICK, REHEARSAL
 from torch.utils.flop_counter import FlopCounterMode
@@ -422,3 +422,23 @@ def test_a_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
     assert len(found["networks"]) == 2 * 3
     assert {row["kept"] for row in found["features"]} == {"yes", "not tried"}
     assert done.stdout.rindex("##") == done.stdout.index("## Against the targets")
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_traffic_is_counted(mode: str) -> None:
+    """Of tensors without data; kernels around the attention move a fraction of what the modules move."""
+    written, joined = (gpu_traffic.measure("san10_patchwise", mode, 64, joined=each) for each in (False, True))
+    assert 0 < joined["moved"] < 0.5 * written["moved"]
+    assert 0 < joined["peak"] < 0.5 * written["peak"]
+    if mode == "training":
+        assert 0 < joined["kept"] < 0.5 * written["kept"]
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_large_batches_fit_into_grids(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid has 2³¹ programs along its first axis and 65,535 along the others."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(gpu_traffic.Count, "start", lambda count, kernel, grid, *_, **options: grids.append(grid))
+    gpu_traffic.measure("san10_pairwise", mode, 8192, joined=True)
+    assert max(grid[0] for grid in grids) > 1 << 16
+    assert all(grid[0] < 1 << 31 and max(grid[1:], default=1) < 1 << 16 for grid in grids)

@@ -96,8 +96,10 @@ def products(
     image, with channels LAST or not, and stem · x [C] takes its place. bias, residual, output2, output3 may be None.
     """
     GIVEN: tl.constexpr = O1 + O2 + O3
-    lane, mask, image, out = tile_of(tl.program_id(1), total, rows, columns, LANES)
-    made = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    BLOCKS: tl.constexpr = (GIVEN + BLOCK_O - 1) // BLOCK_O
+    # One axis, as others of a grid are short; programs that read the same pixels are neighbours.
+    lane, mask, image, out = tile_of(tl.program_id(0) // BLOCKS, total, rows, columns, LANES)
+    made = tl.program_id(0) % BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
     size, corner = height * width, out
     if POOLED:
         corner = out // columns * 2 * width + out % columns * 2

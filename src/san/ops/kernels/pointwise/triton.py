@@ -80,7 +80,7 @@ def products(
         torch.empty((len(x), width, *size), dtype=own, **options) for width, own in zip(widths, dtypes, strict=True)
     ]
     constants = _constants(affine.shape[1], stem, widths, dtype, total, pooled)
-    grid = (programs(sum(widths), constants["BLOCK_O"]), programs(total, constants["LANES"]))
+    grid = (programs(sum(widths), constants["BLOCK_O"]) * programs(total, constants["LANES"]),)
     room: list[Any] = [None] * (MAX_PRODUCTS - len(linears))
     stem = stem if stem is None else stem.contiguous()
     tensors = (x, stem, affine, *joined(linears), residual, *outputs, *room)

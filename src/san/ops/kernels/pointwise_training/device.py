@@ -66,8 +66,10 @@ def back_to_norm(
     """Gradient at scale · x + shift, in x's place, from those of the products of its ReLU, which is pooled if POOLED;
     and `sums` [programs, 2, C] of it times x, for the scale, and of itself, for the shift."""
     GIVEN: tl.constexpr = O1 + O2 + O3
-    lane, mask, image, out = tile_of(tl.program_id(1), total, rows, columns, LANES)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tile = tl.program_id(0) // BLOCKS
+    lane, mask, image, out = tile_of(tile, total, rows, columns, LANES)
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     back = tl.zeros([LANES, BLOCK_C], tl.float32)
     for first in range(0, GIVEN, BLOCK_O):
         made = first + tl.arange(0, BLOCK_O)
@@ -91,7 +93,7 @@ def back_to_norm(
         store_rows(gradient, back, start + out, channel, mask, C)
         of_scale += tl.sum(back * seen, 0)
         of_shift += tl.sum(back, 0)
-    to = sums + tl.program_id(1).to(tl.int64) * (2 * C) + channel
+    to = sums + tile.to(tl.int64) * (2 * C) + channel
     tl.store(to, of_scale, mask=channel < C)
     tl.store(to + C, of_shift, mask=channel < C)
 
@@ -135,9 +137,9 @@ def of_products(
 ):
     """Gradients of all products' weights and biases, from `tiles` tiles of pixels: [programs, O, C + 1], bias last."""
     GIVEN: tl.constexpr = O1 + O2 + O3
-    blocks = tl.cdiv(C, BLOCK_C)
-    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    made = tl.program_id(0) // blocks * BLOCK_O + tl.arange(0, BLOCK_O)
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    made = tl.program_id(0) // BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
     of_weight, of_bias = tl.zeros([BLOCK_O, BLOCK_C], tl.float32), tl.zeros([BLOCK_O], tl.float32)
     for tile in range(tl.program_id(1) * tiles, tl.program_id(1) * tiles + tiles):
         lane, mask, image, out = tile_of(tile, total, rows, columns, LANES)
@@ -171,8 +173,9 @@ def back_to_input(
     BLOCK_C: tl.constexpr,
 ):
     """scale · gradient + slope · x + intercept + passed; `slopes` [2, C] and `passed` may be None."""
-    lane = tl.program_id(1).to(tl.int64) * LANES + tl.arange(0, LANES)
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    lane = (tl.program_id(0) // BLOCKS).to(tl.int64) * LANES + tl.arange(0, LANES)
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = lane < total
     y = rows_of(gradient, lane, channel, mask, C) * vector(affine, channel, channel < C)[None, :]
     if slopes is not None:

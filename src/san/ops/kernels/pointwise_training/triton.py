@@ -87,7 +87,7 @@ class _Back(NamedTuple):
         gradient = torch.zeros_like(self.x) if odd else torch.empty_like(self.x)
         sums = floats(self.x, count, 2, channels)
         tensors = (self.x, self.affine, self.weight, *self.gradients(), gradient, sums)
-        grid = (programs(channels, constants["BLOCK_C"]), count)
+        grid = (programs(channels, constants["BLOCK_C"]) * count,)
         launch.start(back_to_norm, grid, *tensors, *self.sizes, **constants, LANES=lanes)
         return gradient, sums.sum(0, dtype=torch.float64)
 
@@ -113,7 +113,7 @@ class _Back(NamedTuple):
         channels = self.x.shape[1]
         total, output = self.x.numel() // channels, torch.empty_like(self.x)
         constants = {"C": channels, "LANES": launch.lanes(total, 32), "BLOCK_C": min(block(channels), 128)}
-        grid = (programs(channels, constants["BLOCK_C"]), programs(total, constants["LANES"]))
+        grid = (programs(channels, constants["BLOCK_C"]) * programs(total, constants["LANES"]),)
         tensors = (gradient, self.x, passed, self.affine, slopes, output)
         launch.start(back_to_input, grid, *tensors, total, **constants)
         return output
