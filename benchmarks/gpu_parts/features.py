@@ -30,11 +30,11 @@ from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.pointwise import device as pointwise
 from san.ops.kernels.pointwise_training import device as pointwise_training
 
-__all__ = ["FEATURES", "GPU_ONLY", "count_compilations"]
+__all__ = ["FEATURES", "GPU_ONLY", "compilations", "count_compilations"]
 
 
 @contextmanager
-def _compilations() -> Generator[list[str]]:
+def compilations() -> Generator[list[str]]:
     """Names of kernels that enter a JIT function's cache of this process inside, compiled or found on disk."""
     found: list[str] = []
     before = triton.knobs.runtime.jit_post_compile_hook
@@ -87,7 +87,7 @@ def _compilations_over_sizes(
     _forget_kernels()
     for size in scale.sizes:
         call = prepare(*size)
-        with _compilations() as found:
+        with compilations() as found:
             start = time.perf_counter()
             call()
             free(device)

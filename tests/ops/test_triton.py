@@ -306,29 +306,32 @@ def test_gpus_with_little_shared_memory_are_refused_in_a_sentence(monkeypatch: p
     assert sentence == "triton needs 115 kB of shared memory for 128 channels in bfloat16, but this GPU has 99 kB"
 
 
-def test_sizes_of_maps_compile_nothing_new() -> None:
-    """All that depends on a map's size and the batch is an argument on which kernels are not specialised."""
-    script = """
+@pytest.mark.parametrize("form", ["pairwise", "patchwise"])
+def test_sizes_of_images_compile_nothing_new(form: str) -> None:
+    """Of a network, in training and without gradients: all that Triton does but for launching."""
+    script = f"""
 import torch
-from san import ops
-from san.ops.cases import CASES
-from dataclasses import replace
-from benchmarks.gpu_compile import device_modules, note_call, note_network
-noted, variants = [], []
-with device_modules(noted):
-    for side in range(12, 32):
-        for name in ("pairwise-subtraction-LRL-relative", "patchwise-concatenation-LRL", "aggregation"):
-            note_call(replace(CASES[name], height=side, width=side + 3, batch=side, kernel_size=7))
-        for name in ("san4_pairwise", "san4_patchwise"):
-            note_network(name, image=(side, 3, 2 * side, 2 * side + 3))
-        variants.append(len(noted))
-print(variants[0], variants[-1])
+from benchmarks.gpu_compile import as_on_a_gpu
+from benchmarks.gpu_parts.features import compilations
+from benchmarks.gpu_parts.stand_in import standing_in
+from san.models import SAN
+from san.ops import use_backend
+network, counts = SAN((1, 1), (32, 64), (3, 7), "{form}", 5), []
+with standing_in(), as_on_a_gpu(), use_backend("triton"):
+    for n in range(20):
+        images = torch.rand(1 + n % 5, 3, 16 + 3 * n, 17 + 5 * n)
+        with compilations() as found, torch.autocast("cpu", torch.bfloat16):
+            network.train()(images).float().sum().backward()
+            with torch.no_grad():
+                network.eval()(images)
+        counts.append(len(found))
+print(*counts)
 """
     found = subprocess.run([sys.executable, "-c", script], **_alone())
     assert found.returncode == 0, found.stderr
-    first, last = map(int, found.stdout.split())
-    assert first > 10
-    assert last == first
+    first, *later = map(int, found.stdout.split())
+    assert first > 20
+    assert not any(later)
 
 
 def _alone() -> dict[str, Any]:
