@@ -57,6 +57,11 @@ SHOWN = ("C", "POOLED", "R", "G", "GIVEN", "LAYERS", "ATTEND", "FROM", "TO", "LA
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64"}
 
 
+def kind_of(x: Any) -> str:
+    """What Triton calls an argument's type."""
+    return POINTERS[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
+
+
 class Launch:
     """A kernel's launch, noted: arguments' kinds and constants."""
 
@@ -68,7 +73,7 @@ class Launch:
             options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
             names = [name for name in self.kernel.arg_names if name not in constants]
             given = dict(zip(names, arguments, strict=True))
-            kinds = {name: POINTERS[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in given.items()}
+            kinds = {name: kind_of(x) for name, x in given.items()}
             absent = {name: x for name, x in given.items() if x is None}
             found = {
                 "kernel": self.name,

@@ -94,7 +94,7 @@ def counted(*, joined: bool) -> Generator[Count]:
     with ExitStack() as stack:
         for holder in (launch, normalization):
             stack.enter_context(patch.object(holder, "start", count.start))
-        for holder in (operators, pairwise):
+        for holder in (operators, pairwise, normalization):
             stack.enter_context(patch.object(holder, "unobserved", lambda: True))
         stack.enter_context(patch.object(launch, "map_refusal", lambda x: None))
         stack.enter_context(patch.object(fused.gpu, "DEVICES", {"meta"} if joined else set()))

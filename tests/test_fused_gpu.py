@@ -7,9 +7,7 @@ and when they must step aside.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,38 +191,33 @@ def test_stochastic_depth_drops_the_same_by_kernels(nodes: list[str]) -> None:
     assert_close(*found, 2e-4)
 
 
-def _share_of_a_step(rank: int | None) -> dict[str, Tensor]:
-    """Gradients and averages of one process's images, or of all."""
-    torch.manual_seed(0)
-    block = synchronize_batch_norm(block_of("patchwise"))
-    x = last(images(5, 32, 6, 6))
-    x = x if rank is None else x[:2] if rank == 0 else x[2:]
-    y = block(x)
-    y.square().sum().backward()
-    return {**{f"d {name}": each.grad for name, each in block.named_parameters()}, **dict(block.named_buffers())}
-
-
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    gpu.DEVICES, fused.suits = {"cpu"}, lambda x: False
-    calls: list[int] = []
-    node = triton_training.norm_products
-    triton_training.norm_products = lambda *arguments, **options: (calls.append(1), node(*arguments, **options))[1]
-    found = _share_of_a_step(rank)
-    torch.save({**found, "calls": torch.tensor(len(calls))}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def test_biases_may_lie_anyhow(nodes: list[str], kernel: list[dict[str, Any]]) -> None:
+    """A parameter may be part of a larger tensor."""
+    block, x = block_of("patchwise").eval(), last(images(2, 32, 7, 7))
+    wide = torch.stack([block.conv.bias.detach(), torch.full((32,), 9.0)], 1)
+    expected = plain(block, x)
+    block.conv.bias = nn.Parameter(wide[:, 0])
+    assert not block.conv.bias.is_contiguous()
+    found = block(x)
+    with torch.no_grad():
+        without = block(x)
+    assert len(nodes) == len(kernel) == 2
+    for y in (found, without):
+        torch.testing.assert_close(y.detach().double(), expected["y"], rtol=1e-4, atol=1e-4)
 
 
 @INTERPRETED
-def test_two_processes_equal_one_by_kernels(tmp_path: Path) -> None:
-    """Summed gradients and running averages of unequal shares."""
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first.pop("calls") == second.pop("calls") == 2
-    found = {name: x + second[name] if name.startswith("d ") else x for name, x in first.items()}
-    assert_close(found, _share_of_a_step(None), 5e-4)
+def test_averages_in_half_precision_move(nodes: list[str]) -> None:
+    block, x = block_of("patchwise"), last(images(4, 32, 7, 7))
+    exact = copy.deepcopy(block)
+    with use_backend("reference"):
+        exact(x)
+    block.bfloat16()(x.bfloat16())
+    assert nodes
+    for norm in ("bn1", "bn2"):
+        for name in ("running_mean", "running_var"):
+            found, expected = (getattr(each.get_submodule(norm), name).double() for each in (block, exact))
+            torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
 
 
 def test_channels_last_stays() -> None:
@@ -436,7 +429,7 @@ def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
 
 
 def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, x = synchronize_batch_norm(block_of().double()), images(2, 32, 7, 7).double()
+    block, x = synchronize_batch_norm(block_of()), last(images(2, 32, 7, 7))
     assert gpu.norm_products(x, [], block)
     monkeypatch.setattr(SynchronizedBatchNorm2d, "several_processes", lambda norm: True)
     assert gpu.norm_products(x, [], block) is None

@@ -1,7 +1,8 @@
 """A driver that takes a GPU's place: Triton does all that it does before a launch, on tensors of the CPU, but launch.
 
 Arguments are bound, specialised and looked up in the cache, kernels are compiled for compute capability 9.0 and checked
-against its shared memory and threads; what they would have written stays as it is.
+against its shared memory and threads; what they would have written stays as it is. For a process of its own: what was
+compiled stays in Triton's cache, without a launch.
 """
 
 from __future__ import annotations

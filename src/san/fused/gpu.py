@@ -70,10 +70,13 @@ def takes(x: Tensor, *layers: Any, image: bool = False) -> bool:
 
 
 def norm_products(x: Tensor, layers: Sequence[Any], *modules: nn.Module) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The node of autograd for these layers' products of a map, or None where BatchNorm's processes need more."""
-    if takes(x, *layers):
-        return triton_training.norm_products
-    return None if any(map(_is_synchronised, modules)) else portable.norm_products
+    """The node of autograd for these layers' products of a map, or None where BatchNorm is synchronised.
+
+    Processes must then exchange the same, and one of them may have to run the modules as they are written.
+    """
+    if any(map(_is_synchronised, modules)):
+        return None
+    return triton_training.norm_products if takes(x, *layers) else portable.norm_products
 
 
 def stem(image: Tensor, convolution: Any, norm: nn.Module, layer: Any) -> Callable[..., Tensor] | None:

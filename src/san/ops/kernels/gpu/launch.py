@@ -207,9 +207,12 @@ def sums_of_eight() -> bool:
     return tuple(map(int, version("triton").split(".")[:2])) >= (3, 8)
 
 
-def shares(tiles: int, places: int) -> tuple[int, int]:
-    """Into how many shares `tiles` tiles of pixels are cut for kernels that own a place each, and tiles in a share."""
-    each = max(tiles * places // _PROGRAMS, 1)
+def shares(tiles: int, places: int, most: int | None = None) -> tuple[int, int]:
+    """Into how many shares `tiles` tiles of pixels are cut for kernels that own a place each, and tiles in a share.
+
+    There are some 2,000 programs, or `most` where each writes much and few fit a multiprocessor.
+    """
+    each = max(tiles * places // (most or _PROGRAMS), 1)
     return max(programs(tiles, each), 1), each
 
 

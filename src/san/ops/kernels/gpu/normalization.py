@@ -184,8 +184,8 @@ def move_running(norm: BatchNorm, statistics: Tensor) -> None:
     if norm.batches_seen is not None:
         norm.batches_seen.add_(1)
     width = len(mean)
-    constants = {"MOMENTUM": norm.momentum, "BLOCK": 256}
-    start(move_averages, (programs(width, 256),), statistics, mean, variance, width, **constants)
+    tensors = (statistics, mean, variance)
+    start(move_averages, (programs(width, 256),), *tensors, width, float(norm.momentum), BLOCK=256)
     # As an operator would that writes to them.
     torch.autograd.graph.increment_version((mean, variance))
 

@@ -136,19 +136,21 @@ def merge_moments(
     tl.store(to + width, deviation, mask=present)
 
 
-@triton.jit(do_not_specialize=["width"])
-def move_averages(statistics, mean, variance, width, MOMENTUM: tl.constexpr, BLOCK: tl.constexpr):
-    """Move running averages by MOMENTUM towards statistics [3, D], unless these have no samples."""
+@triton.jit(do_not_specialize=["width", "momentum"])
+def move_averages(statistics, mean, variance, width, momentum, BLOCK: tl.constexpr):
+    """Move running averages by `momentum` towards statistics [3, D], unless these have no samples."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     present = channel < width
     count = tl.load(statistics + 2 * width + channel, mask=present, other=0.0)
-    step = tl.where(count > 0, MOMENTUM, 0.0)
+    step = tl.where(count > 0, momentum, 0.0)
     unbiased = tl.load(statistics + width + channel, mask=present, other=0.0) / tl.maximum(count - 1, 1.0)
     old = tl.load(mean + channel, mask=present, other=0.0).to(tl.float64)
     new = old + step * (tl.load(statistics + channel, mask=present, other=0.0) - old)
-    tl.store(mean + channel, new.to(mean.dtype.element_ty), mask=present)
+    # By way of float32, from which alone the interpreter makes bfloat16.
+    tl.store(mean + channel, new.to(tl.float32).to(mean.dtype.element_ty), mask=present)
     old = tl.load(variance + channel, mask=present, other=0.0).to(tl.float64)
-    tl.store(variance + channel, (old + step * (unbiased - old)).to(variance.dtype.element_ty), mask=present)
+    new = old + step * (unbiased - old)
+    tl.store(variance + channel, new.to(tl.float32).to(variance.dtype.element_ty), mask=present)
 
 
 @triton.jit(do_not_specialize=["width"])

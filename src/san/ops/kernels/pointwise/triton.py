@@ -23,10 +23,12 @@ __all__ = ["folded", "joined", "mode", "outputs_of", "products", "runs"]
 def runs(x: Tensor, widths: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether the kernel takes a map with channels last, or an image, for products in `dtype` of these widths.
 
-    In float32 it multiplies as TF32 does, where PyTorch lets convolutions do so.
+    In float32 it multiplies as TF32 does, where PyTorch lets convolutions do so. AMD's GPUs have too little shared memory
+    for its tiles.
     """
     return (
         launch.installed()
+        and torch.version.hip is None
         and launch.map_refusal(x) is None
         and launch.gpu_refusal(x) is None
         and max(widths) * prod(x.shape[2:]) <= launch.IMAGE_NUMBERS
@@ -36,7 +38,7 @@ def runs(x: Tensor, widths: Sequence[int], dtype: torch.dtype) -> bool:
 
 def _multiplies_in_tf32() -> bool:
     convolutions: Any = torch.backends.cudnn
-    return torch.version.hip is None and convolutions.conv.fp32_precision == "tf32"
+    return convolutions.conv.fp32_precision == "tf32"
 
 
 def mode(dtype: torch.dtype) -> str:
@@ -84,7 +86,9 @@ def products(
     room: list[Any] = [None] * (MAX_PRODUCTS - len(linears))
     stem = stem if stem is None else stem.contiguous()
     tensors = (x, stem, affine, *joined(linears), residual, *outputs, *room)
-    launch.start(_kernel(), grid, *tensors, total, *x.shape[2:], *size, **constants, LAST=is_last(x))
+    launch.start(
+        _kernel(), grid, *tensors, total, *x.shape[2:], *size, **constants, LAST=stem is not None and is_last(x)
+    )
     return outputs
 
 
@@ -129,4 +133,4 @@ def joined(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
     if all(bias is None for bias in biases):
         return weight, None
     known = [weight.new_zeros(len(rows)) if bias is None else bias for rows, bias in zip(weights, biases, strict=True)]
-    return weight, known[0] if len(known) == 1 else torch.cat(known)
+    return weight, known[0].contiguous() if len(known) == 1 else torch.cat(known)

@@ -156,7 +156,7 @@ def of_products(
         of_bias += tl.sum(outer, 0)
     to = sums + (tl.program_id(1).to(tl.int64) * GIVEN + made) * (C + 1)
     tl.store(to[:, None] + channel[None, :], of_weight, mask=(made < GIVEN)[:, None] & (channel < C)[None, :])
-    tl.store(to + C, of_bias, mask=made < GIVEN)
+    tl.store(to + C, of_bias, mask=(made < GIVEN) & (tl.program_id(0) % BLOCKS == 0))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -166,13 +166,13 @@ def back_to_input(
     passed,
     affine,
     slopes,
-    output,
     total,
     C: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """scale · gradient + slope · x + intercept + passed; `slopes` [2, C] and `passed` may be None."""
+    """scale · gradient + slope · x + intercept + passed, in the gradient's place; `slopes` [2, C] and `passed` may be
+    None."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     lane = (tl.program_id(0) // BLOCKS).to(tl.int64) * LANES + tl.arange(0, LANES)
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -182,7 +182,7 @@ def back_to_input(
         y += normalised(rows_of(x, lane, channel, mask, C), slopes, channel, C)
     if passed is not None:
         y += rows_of(passed, lane, channel, mask, C)
-    store_rows(output, y, lane, channel, mask, C)
+    store_rows(gradient, y, lane, channel, mask, C)
 
 
 @triton.jit(do_not_specialize=_SIZES)

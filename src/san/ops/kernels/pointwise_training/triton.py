@@ -1,7 +1,7 @@
 """Training through BatchNorm · ReLU · pooling · products on GPUs by the Triton kernels of `device.py`.
 
 The same node of autograd as in `portable.py`, for maps with channels last: it keeps its input, and reads it five times
-in a step where PyTorch's own operators read and write it some thirty times. BatchNorm may be synchronised.
+in a step where PyTorch's own operators read and write it some thirty times. BatchNorm is not synchronised.
 The stem is in `triton_stem.py`. Legend: B batch, C channels, O output channels, H W map, N pixels of a batch.
 """
 
@@ -24,6 +24,9 @@ from san.ops.normalization import BatchNorm, without_autocast
 
 __all__ = ["last", "norm_products"]
 
+# One fits a multiprocessor at a time, and each writes a tile of sums.
+_PROGRAMS = 528
+
 
 def last(x: Tensor) -> Tensor:
     """The map with channels last; without a copy where it is."""
@@ -34,7 +37,7 @@ def _normal(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift [2, C] and statistics [3, C] of BatchNorm, whose running averages move."""
     check_samples(x, norm)
     affine = floats(x, 2, x.shape[1])
-    found = normalization.of_rows(x, x.shape[1], normalization.group_name(norm)) if norm.uses_batch else None
+    found = normalization.of_rows(x, x.shape[1], "") if norm.uses_batch else None
     options = (normalization.averages(norm), norm.weight, norm.bias, norm.eps, affine)
     statistics = normalization.fold(found, *options)
     normalization.move_running(norm, statistics)
@@ -99,7 +102,7 @@ class _Back(NamedTuple):
         total, constants = self.sizes[0], self.constants(128, 128)
         lanes = launch.lanes(total, (32 if self.pooled else 64) // (self.dtype.itemsize // 2))
         blocks = programs(given, constants["BLOCK_O"]) * programs(channels, constants["BLOCK_C"])
-        count, each = shares(programs(total, lanes), blocks)
+        count, each = shares(programs(total, lanes), blocks, most=_PROGRAMS)
         sums = floats(self.x, count, given, channels + 1)
         tensors = (self.x, self.affine, *self.gradients(), sums)
         launch.start(of_products, (blocks, count), *tensors, *self.sizes, each, **constants, LANES=lanes)
@@ -107,16 +110,15 @@ class _Back(NamedTuple):
         return found[:, :-1], found[:, -1]
 
     def to_input(self, gradient: Tensor, slopes: Tensor | None, passed: Tensor | None) -> Tensor:
-        """Gradient of x, from that behind BatchNorm, from its statistics and from where else x goes."""
+        """Gradient of x, in the memory of that behind BatchNorm, from its statistics and from where else x goes."""
         from san.ops.kernels.pointwise_training.device import back_to_input
 
-        channels = self.x.shape[1]
-        total, output = self.x.numel() // channels, torch.empty_like(self.x)
+        channels, total = self.x.shape[1], self.x.numel() // self.x.shape[1]
         constants = {"C": channels, "LANES": launch.lanes(total, 32), "BLOCK_C": min(block(channels), 128)}
         grid = (programs(channels, constants["BLOCK_C"]) * programs(total, constants["LANES"]),)
-        tensors = (gradient, self.x, passed, self.affine, slopes, output)
+        tensors = (gradient, self.x, passed, self.affine, slopes)
         launch.start(back_to_input, grid, *tensors, total, **constants)
-        return output
+        return gradient
 
 
 def _parameter_gradients(back: _Back, weights: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -152,7 +154,7 @@ class _NormProducts(torch.autograd.Function):
             behind = None if residual is None else last(residual)
             outputs = products(x, linears, affine, dtype, pooled=pooled, residual=behind)
         ctx.dtype, ctx.pooled, ctx.passes = dtype, pooled, passes
-        ctx.norm = norm.eps, norm.uses_batch, normalization.group_name(norm)
+        ctx.norm = norm.eps, norm.uses_batch
         # Without the Linears' biases, which may change before backward: it does not need them.
         ctx.save_for_backward(x, affine, statistics, norm_weight, *tensors[0::2])
         ctx.residual = None if residual is None else residual.dtype
@@ -165,14 +167,13 @@ class _NormProducts(torch.autograd.Function):
         given, needed = [last(each) for each in outer], ctx.needs_input_grad
         passed = given.pop() if ctx.passes else None
         weight, _ = joined([Linear(each, None) for each in weights])
-        back, (eps, batch, group) = _Back(x, affine, weight, given, ctx.dtype, ctx.pooled), ctx.norm
+        back, (eps, batch) = _Back(x, affine, weight, given, ctx.dtype, ctx.pooled), ctx.norm
         with without_autocast(x):
             of_parameters = _parameter_gradients(back, weights, needed[7:])
             of_x, of_norm_weight, of_norm_bias = None, None, None
-            # Other processes wait for the sums of this one, whatever is wanted here.
-            if needed[0] or any(needed[5:7]) or group:
+            if needed[0] or any(needed[5:7]):
                 gradient, sums = back.to_norm()
-                own = normalization.back(statistics, norm_weight, eps, sums, batch=batch, group=group)
+                own = normalization.back(statistics, norm_weight, eps, sums, batch=batch, group="")
                 of_x = back.to_input(gradient, own.slopes if batch else None, passed) if needed[0] else None
                 of_norm_weight, of_norm_bias = own.parameters
         of_norm = [x if want else None for x, want in zip((of_norm_weight, of_norm_bias), needed[5:7], strict=True)]

@@ -31,7 +31,7 @@ from san.ops.normalization import BatchNorm, without_autocast
 __all__ = ["MAX_CHANNELS", "stem"]
 
 # Of the stem, and of the product behind it: a program holds all of both.
-MAX_CHANNELS = 128
+MAX_CHANNELS = 64
 
 
 def _dense(call: Call) -> Tensor:
@@ -77,7 +77,7 @@ def _sums(call: Call, affine: Tensor, pixels: Pixels, outer: Tensor) -> Sums:
     (given, channels), colours = weight.shape, image.shape[1]
     total = len(image) * outer.shape[2] * outer.shape[3]
     lanes = launch.lanes(total, 16)
-    count, each = shares(programs(total, lanes), 1)
+    count, each = shares(programs(total, lanes), 1, most=528)
     sums = floats(image, count, 1 + colours + given, channels)
     tensors = (image, call.filters.flatten(1).contiguous(), affine, pixels.mean.float(), weight, last(outer), sums)
     launch.start(
