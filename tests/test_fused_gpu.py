@@ -430,10 +430,10 @@ def test_frozen_blocks_give_their_maps_without_a_copy() -> None:
 
 def test_several_processes_synchronise_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = synchronize_batch_norm(block_of()), last(images(2, 32, 7, 7))
-    assert gpu.norm_products(x, [], block)
+    assert gpu.norm_products(x, [block.conv], block)
     monkeypatch.setattr(SynchronizedBatchNorm2d, "several_processes", lambda norm: True)
-    assert gpu.norm_products(x, [], block) is None
-    assert gpu.norm_products(x, [], block.eval())
+    assert gpu.norm_products(x, [block.conv], block) is None
+    assert gpu.norm_products(x, [block.conv], block.eval())
 
 
 def test_one_pixel_has_no_statistics() -> None:

@@ -308,7 +308,7 @@ def test_gpus_with_little_shared_memory_are_refused_in_a_sentence(monkeypatch: p
 
 @pytest.mark.parametrize("form", ["pairwise", "patchwise"])
 def test_sizes_of_images_compile_nothing_new(form: str) -> None:
-    """Of a network, in training and without gradients: all that Triton does but for launching."""
+    """Nor do momenta. A network in training and without gradients: all that Triton does but for launching."""
     script = f"""
 import torch
 from benchmarks.gpu_compile import as_on_a_gpu
@@ -320,6 +320,7 @@ network, counts = SAN((1, 1), (32, 64), (3, 7), "{form}", 5), []
 with standing_in(), as_on_a_gpu(), use_backend("triton"):
     for n in range(20):
         images = torch.rand(1 + n % 5, 3, 16 + 3 * n, 17 + 5 * n)
+        network.bn0.momentum = 1 / (2 + n)
         with compilations() as found, torch.autocast("cpu", torch.bfloat16):
             network.train()(images).float().sum().backward()
             with torch.no_grad():

@@ -23,8 +23,8 @@ __all__ = ["folded", "joined", "mode", "outputs_of", "products", "runs"]
 def runs(x: Tensor, widths: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether the kernel takes a map with channels last, or an image, for products in `dtype` of these widths.
 
-    In float32 it multiplies as TF32 does, where PyTorch lets convolutions do so. AMD's GPUs have too little shared memory
-    for its tiles.
+    In float32 it multiplies as TF32 does, where PyTorch lets convolutions do so. AMD's GPUs have too little shared
+    memory for its tiles.
     """
     return (
         launch.installed()
