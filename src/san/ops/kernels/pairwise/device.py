@@ -197,6 +197,30 @@ def extras_of(RELATION, POSITION):
 
 
 @triton.constexpr_function
+def has_pairs(RELATION):
+    """Whether a part of δ is as wide as the key."""
+    return RELATION != "dot"
+
+
+@triton.constexpr_function
+def has_extras(RELATION, POSITION):
+    """Whether there are extras."""
+    return RELATION == "dot" or POSITION != "none"
+
+
+@triton.constexpr_function
+def looking_at(RELATION):
+    """The first row of extras that the looking pixel's position fills, and relative position."""
+    return 1 if RELATION == "dot" else 0
+
+
+@triton.constexpr_function
+def seen_at(RELATION, POSITION):
+    """The first row of extras that the position of the pixel that is looked at fills."""
+    return (RELATION == "dot") + (2 if POSITION == "absolute" else 0)
+
+
+@triton.constexpr_function
 def relation_width(RELATION, POSITION, R):
     """D, the width of δ."""
     own = {"dot": 1, "concatenation": 2 * R}.get(RELATION, R)
@@ -237,36 +261,67 @@ def _behind(z1, gamma, column1, column2, column3, LAYERS: tl.constexpr, D, O1, O
 
 
 @triton.jit
+def _load_affine(gamma, column, extra, RELATION: tl.constexpr, POSITION: tl.constexpr, R: tl.constexpr):
+    """Scale and shift of the first layer, of pairs and of extras."""
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
+    extra_scale, extra_shift = (
+        _load_vector(gamma, EXTRA, extra, WIDTH),
+        _load_vector(gamma, D + EXTRA, extra, WIDTH),
+    )
+    return scale, shift, extra_scale, extra_shift
+
+
+@triton.jit
+def _load_linear(gamma, column, extra, column1, RELATION: tl.constexpr, POSITION: tl.constexpr, R, O1):
+    """Weights of the first Linear, for pairs and for extras, and its bias [outputs, 1]."""
+    D: tl.constexpr = relation_width(RELATION, POSITION, R)
+    PAIRS: tl.constexpr = pairs_at(RELATION, R)
+    EXTRA: tl.constexpr = extras_at(RELATION, R)
+    WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
+    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
+    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, WIDTH, O1)
+    return weight, extra_weight, _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+
+
+@triton.jit
 def _first(
     pairs,
     extras,
     start,
     scale,
     shift,
-    weight,
     extra_scale,
     extra_shift,
+    weight,
     extra_weight,
-    HAS_PAIRS: tl.constexpr,
-    HAS_EXTRAS: tl.constexpr,
+    RELATION: tl.constexpr,
+    POSITION: tl.constexpr,
     NORM: tl.constexpr,
     MODE: tl.constexpr,
 ):
     """z_1, from the part `start` that the looking pixel decides."""
     z = start
-    if HAS_PAIRS:
+    if has_pairs(RELATION):
         z = z + product(weight, _activated(pairs, scale, shift, NORM), MODE)
-    if HAS_EXTRAS:
+    if has_extras(RELATION, POSITION):
         z = z + product(extra_weight, _activated(extras, extra_scale, extra_shift, NORM), MODE)
     return z
 
 
 @triton.jit
-def _looks(query, gamma, column, column1, R, D, O1, NORM: tl.constexpr, MODE: tl.constexpr):
-    """What the channels of concatenation that the looking pixel decides give to z_1."""
-    scale, shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
-    weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
-    return product(weight, _activated(query, scale, shift, NORM), MODE)
+def _start(bias, query, gamma, column, column1, RELATION: tl.constexpr, POSITION: tl.constexpr, R, O1, NORM, MODE):
+    """The part of z_1 that the looking pixel decides: the bias, and what its channels of concatenation give."""
+    start = bias
+    if RELATION == "concatenation":
+        D: tl.constexpr = relation_width(RELATION, POSITION, R)
+        scale, shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
+        weight = _load_weight(gamma + 2 * D, 0, column, column1, D, R, O1)
+        start = start + product(weight, _activated(query, scale, shift, NORM), MODE)
+    return start
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -309,29 +364,17 @@ def attend(
 ):
     """y, and the normaliser log Σ exp of every pixel's and group's scores [B · P, G]."""
     D: tl.constexpr = relation_width(RELATION, POSITION, R)
-    HAS_PAIRS: tl.constexpr = RELATION != "dot"
-    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
-    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
-    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
-    PAIRS: tl.constexpr = pairs_at(RELATION, R)
-    EXTRA: tl.constexpr = extras_at(RELATION, R)
     column, extra = tl.arange(0, BLOCK_R), tl.arange(0, _EXTRAS)
     column1, column2, column3 = tl.arange(0, BLOCK_1), tl.arange(0, BLOCK_2), tl.arange(0, BLOCK_3)
     member = tl.arange(0, BLOCK_S)
     lane, mask, image, out = lookers(total, rows, columns, LANES)
     row, col = out // columns * STRIDE, out % columns * STRIDE
     size, centre = height * width, row * width + col
-    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
-    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
-    EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
-    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
-    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
-    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
+    affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
+    weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
     q = _load(query, image, centre, column, size, mask, R, LAST)
-    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
-    start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
-    if RELATION == "concatenation":
-        start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+    looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
+    start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
     top = tl.full([BLOCK_3, LANES], float("-inf"), tl.float32)
     sum = tl.zeros([BLOCK_3, LANES], tl.float32)
     y = tl.zeros([BLOCK_S, BLOCK_3, LANES], tl.float32)
@@ -339,22 +382,9 @@ def attend(
         pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
         inside = inside & mask
         k = _load(key, image, pixel, column, size, inside, R, LAST)
-        seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
-        z = _first(
-            _pairs(q, k, RELATION),
-            _extras(q, k, looking, seen, RELATION, POSITION),
-            start,
-            scale,
-            shift,
-            weight,
-            extra_scale,
-            extra_shift,
-            extra_weight,
-            HAS_PAIRS,
-            HAS_EXTRAS,
-            NORM,
-            MODE,
-        )
+        seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
+        pairs, extras = _pairs(q, k, RELATION), _extras(q, k, looking, seen, RELATION, POSITION)
+        z = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
         scores = _behind(z, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)[1]
         higher = tl.maximum(top, scores, propagate_nan=tl.PropagateNan.ALL)
         old, new = tl.exp(top - higher), tl.exp(scores - higher)
@@ -400,10 +430,6 @@ def observe(
     """Mean and squared deviations of z_LAYERS over this program's pairs: [programs, 2, D or O_LAYERS]."""
     D: tl.constexpr = relation_width(RELATION, POSITION, R)
     K: tl.constexpr = KERNEL * KERNEL
-    HAS_PAIRS: tl.constexpr = RELATION != "dot"
-    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
-    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
-    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
     PAIRS: tl.constexpr = pairs_at(RELATION, R)
     EXTRA: tl.constexpr = extras_at(RELATION, R)
     EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
@@ -413,7 +439,7 @@ def observe(
     row, col = out // columns * STRIDE, out % columns * STRIDE
     size, centre = height * width, row * width + col
     q = _load(query, image, centre, column, size, mask, R, LAST)
-    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+    looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
     moments += tl.program_id(0).to(tl.int64) * 2 * (D if LAYERS == 0 else O1 if LAYERS == 1 else O2)
     if LAYERS == 0:
         mean, deviation = tl.zeros([BLOCK_R, LANES], tl.float32), tl.zeros([BLOCK_R, LANES], tl.float32)
@@ -421,47 +447,29 @@ def observe(
         for number in range(K):
             pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
             k = _load(key, image, pixel, column, size, inside & mask, R, LAST)
-            seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
-            if HAS_PAIRS:
+            seen = _load_position(position, pixel, size, inside & mask, seen_at(RELATION, POSITION), POSITION, LANES)
+            if has_pairs(RELATION):
                 mean, deviation = _observed(mean, deviation, _pairs(q, k, RELATION), number + 1.0)
-            if HAS_EXTRAS:
+            if has_extras(RELATION, POSITION):
                 extras = _extras(q, k, looking, seen, RELATION, POSITION)
                 extra_mean, extra_deviation = _observed(extra_mean, extra_deviation, extras, number + 1.0)
-        if HAS_PAIRS:
+        if has_pairs(RELATION):
             _store_moments(moments, mean, deviation, mask, PAIRS, column, D, R, K)
-        if HAS_EXTRAS:
+        if has_extras(RELATION, POSITION):
             _store_moments(moments, extra_mean, extra_deviation, mask, EXTRA, extra, D, EXTRA_WIDTH, K)
         if RELATION == "concatenation":
             _store_moments(moments, q, q * 0.0, mask, 0, column, D, R, K)
     else:
-        scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
-        weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
-        extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
-        extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
-        extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-        start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
-        if RELATION == "concatenation":
-            start = start + _looks(q, gamma, column, column1, R, D, O1, True, MODE)
+        affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
+        weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
+        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, True, MODE)
         mean, deviation = tl.zeros([BLOCK_2, LANES], tl.float32), tl.zeros([BLOCK_2, LANES], tl.float32)
         for number in range(K):
             pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
             k = _load(key, image, pixel, column, size, inside & mask, R, LAST)
-            seen = _load_position(position, pixel, size, inside & mask, SEEN, POSITION, LANES)
-            z = _first(
-                _pairs(q, k, RELATION),
-                _extras(q, k, looking, seen, RELATION, POSITION),
-                start,
-                scale,
-                shift,
-                weight,
-                extra_scale,
-                extra_shift,
-                extra_weight,
-                HAS_PAIRS,
-                HAS_EXTRAS,
-                True,
-                MODE,
-            )
+            seen = _load_position(position, pixel, size, inside & mask, seen_at(RELATION, POSITION), POSITION, LANES)
+            pairs, extras = _pairs(q, k, RELATION), _extras(q, k, looking, seen, RELATION, POSITION)
+            z = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, True, MODE)
             z = _behind(z, gamma, column1, column2, column2, LAYERS, D, O1, O2, O2, MODE)[0]
             mean, deviation = _observed(mean, deviation, z, number + 1.0)
         WIDTH: tl.constexpr = O1 if LAYERS == 1 else O2
@@ -584,10 +592,6 @@ def attend_backward_query(
     which reaches what a BatchNorm takes its statistics from, and is added to the gradients of query and position.
     """
     D: tl.constexpr = relation_width(RELATION, POSITION, R)
-    HAS_PAIRS: tl.constexpr = RELATION != "dot"
-    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
-    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
-    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
     PAIRS: tl.constexpr = pairs_at(RELATION, R)
     EXTRA: tl.constexpr = extras_at(RELATION, R)
     EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
@@ -596,17 +600,14 @@ def attend_backward_query(
     lane, mask, image, out = lookers(total, rows, columns, LANES)
     row, col = out // columns * STRIDE, out % columns * STRIDE
     size, centre = height * width, row * width + col
-    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
-    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
-    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
+    affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
+    scale, shift, extra_scale, extra_shift = affine
     q = _load(query, image, centre, column, size, mask, R, LAST)
-    looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
+    looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
     if LAYERS > 0:
-        weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
-        extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-        start = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+        weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
+        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         if RELATION == "concatenation":
-            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
             sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
     if ATTEND:
         groups = mask[None, :] & (column3 < G)[:, None]
@@ -626,30 +627,16 @@ def attend_backward_query(
                 value, pixel, size, gradient, out, rows * columns, image, inside, column3, G, SHARE, LAST
             )
         k = _load(key, image, pixel, column, size, inside, R, LAST)
-        seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+        seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
         pairs = _pairs(q, k, RELATION)
         extras = _extras(q, k, looking, seen, RELATION, POSITION)
         if LAYERS == 0:
-            if HAS_PAIRS:
+            if has_pairs(RELATION):
                 of_pairs = _statistics(pairs, slopes, D, PAIRS, column, mask, R)
-            if HAS_EXTRAS:
+            if has_extras(RELATION, POSITION):
                 of_extras = _statistics(extras, slopes, D, EXTRA, extra, mask, EXTRA_WIDTH)
         else:
-            z1 = _first(
-                pairs,
-                extras,
-                start,
-                scale,
-                shift,
-                weight,
-                extra_scale,
-                extra_shift,
-                extra_weight,
-                HAS_PAIRS,
-                HAS_EXTRAS,
-                NORM,
-                MODE,
-            )
+            z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
             z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
             if ATTEND:
                 of_last = tl.exp(z3 - top) * (agreement - shared)
@@ -660,15 +647,15 @@ def attend_backward_query(
             )[0]
             if RELATION == "concatenation":
                 sum1 += of1
-            if HAS_PAIRS:
+            if has_pairs(RELATION):
                 of_pairs = _passed(product(tl.trans(weight), of1, MODE), pairs, scale, shift, NORM)
-            if HAS_EXTRAS:
+            if has_extras(RELATION, POSITION):
                 of_extras = product(tl.trans(extra_weight), of1, MODE)
                 of_extras = _passed(of_extras, extras, extra_scale, extra_shift, NORM)
-        if HAS_PAIRS:
+        if has_pairs(RELATION):
             shift_sum += of_pairs
             scale_sum += of_pairs * (k if RELATION == "hadamard" else pairs)
-        if HAS_EXTRAS:
+        if has_extras(RELATION, POSITION):
             extra_shift_sum += of_extras
             extra_scale_sum += of_extras * extras
             if RELATION == "dot":
@@ -694,15 +681,15 @@ def attend_backward_query(
     _add(query_gradient + lane[None, :] * R + column[:, None], of_query, present, not ATTEND)
     if POSITION != "none":
         of_position = _scaled(extra_shift_sum, extra_scale, SCALED)
-        axis = extra - FIRST
+        axis = extra - looking_at(RELATION)
         present = mask[None, :] & ((axis >= 0) & (axis < 2))[:, None]
         _add(position_gradient + lane[None, :] * 2 + axis[:, None], of_position, present, not ATTEND)
     if LAYERS > 0:
         sums += tl.program_id(0).to(tl.int64) * 2 * D
-        if HAS_PAIRS:
+        if has_pairs(RELATION):
             tl.store(sums + PAIRS + column, tl.sum(scale_sum, 1), mask=column < R)
             tl.store(sums + D + PAIRS + column, tl.sum(shift_sum, 1), mask=column < R)
-        if HAS_EXTRAS:
+        if has_extras(RELATION, POSITION):
             tl.store(sums + EXTRA + extra, tl.sum(extra_scale_sum, 1), mask=extra < EXTRA_WIDTH)
             tl.store(sums + D + EXTRA + extra, tl.sum(extra_shift_sum, 1), mask=extra < EXTRA_WIDTH)
         if RELATION == "concatenation":
@@ -762,10 +749,6 @@ def attend_backward_mapping(
     intercept.
     """
     D: tl.constexpr = relation_width(RELATION, POSITION, R)
-    HAS_PAIRS: tl.constexpr = RELATION != "dot"
-    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
-    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
-    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
     PAIRS: tl.constexpr = pairs_at(RELATION, R)
     EXTRA: tl.constexpr = extras_at(RELATION, R)
     EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
@@ -774,12 +757,9 @@ def attend_backward_mapping(
     # Products of half precision sum over at least 16 lanes, those of tf32 over 8.
     SUMS: tl.constexpr = "tf32" if LANES < 16 and MODE != "ieee" else MODE
     size = height * width
-    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
-    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
-    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
-    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
-    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-    bias = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+    affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
+    scale, shift, extra_scale, extra_shift = affine
+    weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
     if FROM == 1:
         weight_sum, own_sum = tl.zeros([BLOCK_1, BLOCK_R], tl.float32), tl.zeros([BLOCK_1, BLOCK_R], tl.float32)
         extra_weight_sum, bias_sum = tl.zeros([BLOCK_1, _EXTRAS], tl.float32), tl.zeros([BLOCK_1], tl.float32)
@@ -798,10 +778,8 @@ def attend_backward_mapping(
         row, col = out // columns * STRIDE, out % columns * STRIDE
         centre = row * width + col
         q = _load(query, image, centre, column, size, mask, R, LAST)
-        looking = _load_position(position, centre, size, mask, FIRST, POSITION, LANES)
-        start = bias
-        if RELATION == "concatenation":
-            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+        looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
+        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
         if ATTEND:
             groups = mask[None, :] & (column3 < G)[:, None]
@@ -815,24 +793,10 @@ def attend_backward_mapping(
                     value, pixel, size, gradient, out, rows * columns, image, inside, column3, G, SHARE, LAST
                 )
             k = _load(key, image, pixel, column, size, inside, R, LAST)
-            seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
+            seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
             pairs = _pairs(q, k, RELATION)
             extras = _extras(q, k, looking, seen, RELATION, POSITION)
-            z1 = _first(
-                pairs,
-                extras,
-                start,
-                scale,
-                shift,
-                weight,
-                extra_scale,
-                extra_shift,
-                extra_weight,
-                HAS_PAIRS,
-                HAS_EXTRAS,
-                NORM,
-                MODE,
-            )
+            z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
             z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
             if ATTEND:
                 of_last = tl.exp(z3 - top) * (agreement - shared)
@@ -855,18 +819,18 @@ def attend_backward_mapping(
                 bias_sum += tl.sum(of1, 1)
             if FROM == 1 and RELATION == "concatenation":
                 sum1 += of1
-            if FROM == 1 and HAS_PAIRS:
+            if FROM == 1 and has_pairs(RELATION):
                 weight_sum += product(of1, tl.trans(_activated(pairs, scale, shift, NORM)), SUMS)
-            if FROM == 1 and HAS_EXTRAS:
+            if FROM == 1 and has_extras(RELATION, POSITION):
                 active = _activated(extras, extra_scale, extra_shift, NORM)
                 extra_weight_sum += product(of1, tl.trans(active), SUMS)
         if FROM == 1 and RELATION == "concatenation":
             own_scale, own_shift = _load_vector(gamma, 0, column, R), _load_vector(gamma, D, column, R)
             own_sum += product(sum1, tl.trans(_activated(q, own_scale, own_shift, NORM)), SUMS)
     sums += tl.program_id(0).to(tl.int64) * SIZE
-    if FROM == 1 and HAS_PAIRS:
+    if FROM == 1 and has_pairs(RELATION):
         _store_weight(sums + 2 * D, weight_sum, PAIRS, column, column1, D, R, O1)
-    if FROM == 1 and HAS_EXTRAS:
+    if FROM == 1 and has_extras(RELATION, POSITION):
         _store_weight(sums + 2 * D, extra_weight_sum, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
     if FROM == 1 and RELATION == "concatenation":
         _store_weight(sums + 2 * D, own_sum, 0, column, column1, D, R, O1)
@@ -937,10 +901,6 @@ def attend_backward_key(
     With SLOPES every BatchNorm's slope · x + intercept is part of them.
     """
     D: tl.constexpr = relation_width(RELATION, POSITION, R)
-    HAS_PAIRS: tl.constexpr = RELATION != "dot"
-    HAS_EXTRAS: tl.constexpr = extras_of(RELATION, POSITION) > 0
-    FIRST: tl.constexpr = 1 if RELATION == "dot" else 0
-    SEEN: tl.constexpr = FIRST + 2 if POSITION == "absolute" else FIRST
     PAIRS: tl.constexpr = pairs_at(RELATION, R)
     EXTRA: tl.constexpr = extras_at(RELATION, R)
     EXTRA_WIDTH: tl.constexpr = extras_of(RELATION, POSITION)
@@ -954,13 +914,10 @@ def attend_backward_key(
     pixel, inside = source(y - PADDING, x - PADDING, height, width, ZEROS, ONCE)
     inside = inside & mask
     k = _load(key, image, pixel, column, size, inside, R, LAST)
-    seen = _load_position(position, pixel, size, inside, SEEN, POSITION, LANES)
-    scale, shift = _load_vector(gamma, PAIRS, column, R), _load_vector(gamma, D + PAIRS, column, R)
-    weight = _load_weight(gamma + 2 * D, PAIRS, column, column1, D, R, O1)
-    extra_scale = _load_vector(gamma, EXTRA, extra, EXTRA_WIDTH)
-    extra_shift = _load_vector(gamma, D + EXTRA, extra, EXTRA_WIDTH)
-    extra_weight = _load_weight(gamma + 2 * D, EXTRA, extra, column1, D, EXTRA_WIDTH, O1)
-    bias = _load_vector(gamma, 2 * D + O1 * D, column1, O1)[:, None]
+    seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
+    affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
+    scale, shift, extra_scale, extra_shift = affine
+    weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
     of_key = tl.zeros([BLOCK_R, LANES], tl.float32)
     of_value = tl.zeros([BLOCK_S, BLOCK_3, LANES], tl.float32)
     of_seen = tl.zeros([_EXTRAS, LANES], tl.float32)
@@ -972,27 +929,11 @@ def attend_backward_key(
             value, pixel, size, gradient, out, rows * columns, image, met & inside, column3, G, SHARE, LAST
         )
         q = _load(query, image, centre, column, size, met, R, LAST)
-        looking = _load_position(position, centre, size, met, FIRST, POSITION, LANES)
-        start = bias
-        if RELATION == "concatenation":
-            start = start + _looks(q, gamma, column, column1, R, D, O1, NORM, MODE)
+        looking = _load_position(position, centre, size, met, looking_at(RELATION), POSITION, LANES)
+        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         pairs = _pairs(q, k, RELATION)
         extras = _extras(q, k, looking, seen, RELATION, POSITION)
-        z1 = _first(
-            pairs,
-            extras,
-            start,
-            scale,
-            shift,
-            weight,
-            extra_scale,
-            extra_shift,
-            extra_weight,
-            HAS_PAIRS,
-            HAS_EXTRAS,
-            NORM,
-            MODE,
-        )
+        z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
         z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
         reader_of = image * (rows * columns) + out
         groups = met[None, :] & (column3 < G)[:, None]
@@ -1006,7 +947,7 @@ def attend_backward_key(
         of1 = _back_to_first(
             of_last, z1, z2, gamma, slopes, met, column1, column2, column3, LAYERS, SLOPES, D, O1, O2, O3, MODE
         )[0]
-        if HAS_PAIRS:
+        if has_pairs(RELATION):
             of_pairs = _passed(product(tl.trans(weight), of1, MODE), pairs, scale, shift, NORM)
             of_pairs = _scaled(of_pairs, scale, NORM)
             if SLOPES:
@@ -1016,7 +957,7 @@ def attend_backward_key(
             if RELATION == "hadamard":
                 of_pairs *= q
             of_key += of_pairs
-        if HAS_EXTRAS:
+        if has_extras(RELATION, POSITION):
             of_extras = product(tl.trans(extra_weight), of1, MODE)
             of_extras = _scaled(_passed(of_extras, extras, extra_scale, extra_shift, NORM), extra_scale, NORM)
             if SLOPES:
@@ -1029,7 +970,7 @@ def attend_backward_key(
     present = mask[None, None, :] & (member < SHARE)[:, None, None] & (column3 < G)[None, :, None]
     tl.store(value_gradient + lane[None, None, :] * (G * SHARE) + channel[:, :, None], of_value, mask=present)
     if POSITION != "none":
-        axis = extra - SEEN
+        axis = extra - seen_at(RELATION, POSITION)
         of_seen = -of_seen if POSITION == "relative" else of_seen
         present = mask[None, :] & ((axis >= 0) & (axis < 2))[:, None]
         tl.store(position_gradient + lane[None, :] * 2 + axis[:, None], of_seen, mask=present)
