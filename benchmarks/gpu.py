@@ -120,7 +120,7 @@ def _tell(run: Run, outcome: Any) -> None:
 
 
 def warm_up(run: Run, scale: Any, processes: int) -> None:
-    """Compile the plain forms that are timed later, several at once; what fails fails again there, and is reported.
+    """Compile what is timed later, several at once; what fails fails again there, and is reported.
 
     Fewer processes than for checks, because code that is to compile a backward pass must run the forward at full size.
     """
@@ -130,7 +130,7 @@ def warm_up(run: Run, scale: Any, processes: int) -> None:
 
     dtype, batch, device = getattr(torch, DTYPE), scale.operator_batches[0], run.device
     nets = [
-        (f"{name}, {mode}, batch {size}", partial(networks.warm, name, mode, size, scale, DTYPE, device))
+        (f"{name}, {mode}, batch {size}", partial(networks.warm, name, mode, size, True, scale, DTYPE, device))
         for name, mode, size, compiled in networks.rounds(scale)
         if compiled
     ]
@@ -139,10 +139,16 @@ def warm_up(run: Run, scale: Any, processes: int) -> None:
         for name in scale.compiled
         for what in operators.PASSES
     ]
+    # The kernels' own, which no batch changes.
+    kernels = [
+        (f"{name}'s kernels, {mode}", partial(networks.warm, name, mode, 2, False, scale, DTYPE, device))
+        for name in scale.sans.values()
+        for mode in ("training", "inference")
+    ]
     first = 2 * (1 + len(scale.sans))
-    calls = [*nets[:first], *layers, *nets[first:]] if processes else []
+    calls = [*kernels, *nets[:first], *layers, *nets[first:]] if processes else []
     jobs = [workers.Job(f"compilation of {name}", call, run.at(WARM_UPS)) for name, call in calls]
-    run.say(f"{len(jobs)} compilations of plain forms")
+    run.say(f"{len(jobs)} compilations")
     workers.run(jobs, min(processes, 4), device, PATIENCE, partial(_tell, run))
     _forget_choices()
 

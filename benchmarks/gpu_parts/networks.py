@@ -61,6 +61,6 @@ def measure(
     }
 
 
-def warm(network: str, mode: str, batch: int, scale: Scale, dtype: str, device: str) -> None:
-    """Have a network compiled, so that Inductor's cache on disk knows it."""
-    runner(network, mode, batch, True, scale, dtype, device)
+def warm(network: str, mode: str, batch: int, compiled: bool, scale: Scale, dtype: str, device: str) -> None:
+    """Have a network, or its kernels, compiled, so that caches on disk know it."""
+    runner(network, mode, batch, compiled, scale, dtype, device)
