@@ -335,6 +335,34 @@ print(*counts)
     assert not any(later)
 
 
+def test_a_rehearsal_compiles_all_that_a_step_needs() -> None:
+    """By two threads; the network stays as it is."""
+    script = """
+import torch
+from benchmarks.gpu_compile import as_on_a_gpu
+from benchmarks.gpu_parts.features import compilations
+from benchmarks.gpu_parts.stand_in import standing_in
+from san.fused.rehearsal import compile_kernels
+from san.models import SAN
+from san.ops import use_backend
+network, images = SAN((1,), (32,), (3,), "patchwise", 5), torch.rand(3, 3, 20, 24)
+before = {name: x.clone() for name, x in network.state_dict().items()}
+with standing_in(), as_on_a_gpu(), use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
+    with compilations() as first:
+        compile_kernels(network, images[:2])
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    assert all(x.grad is None for x in network.parameters())
+    with compilations() as later:
+        network(images).float().sum().backward()
+print(len(first), len(later))
+"""
+    found = subprocess.run([sys.executable, "-c", script], **_alone())
+    assert found.returncode == 0, found.stderr
+    first, later = map(int, found.stdout.split())
+    assert first > 20
+    assert not later
+
+
 def _alone() -> dict[str, Any]:
     """A process in which Triton compiles, from the project's root."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}

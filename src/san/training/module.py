@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from san.fused.rehearsal import compile_kernels
 from san.training.lightning_parts import Batches
 
 __all__ = ["Classifier", "torch_label_smoothing"]
@@ -79,6 +80,14 @@ class Classifier(LightningModule):
             updates_per_epoch=len(self.batches) // settings.accumulate,
         )
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Have a GPU's kernels compiled several at a time, which the first step would do one by one."""
+        model: Any = self.model
+        if self.device.type == "cuda" and not self.settings.compile:
+            shape = (2, *model.pretrained_cfg["input_size"])
+            with self.trainer.precision_plugin.forward_context():
+                compile_kernels(model, self.laid_out(torch.zeros(shape, device=self.device)))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this micro-batch's randomness and set its learning rate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -181,11 +181,18 @@ def members(share: int) -> int:
     return 1 << (share - 1).bit_length()
 
 
+# What is done instead of launches while kernels are only to be compiled: see `rehearsal.py`.
+instead: Callable[..., None] | None = None
+
+
 def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel; type checkers take it for the Python function that it looks like."""
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(next(x for x in arguments if x is not None)):
-        kernel[grid](*arguments, **constants)
+        if instead is None:
+            kernel[grid](*arguments, **constants)
+        else:
+            instead(kernel, grid, *arguments, **constants)
 
 
 def programs(total: int, lanes: int) -> int:
