@@ -117,6 +117,7 @@ def test_many_programs_do_what_one_does(pooled: bool, monkeypatch: pytest.Monkey
     """Several tiles of pixels and of channels, shared out among few programs, and sums that meet afterwards."""
     monkeypatch.setattr(launch, "lanes", lambda total, most: 16)
     monkeypatch.setattr(launch, "_PROGRAMS", 6)
+    monkeypatch.setattr(triton, "PROGRAMS", 6)
     products = JoinedProducts(pooled)
     products.norm = torch.nn.BatchNorm2d(150)
     products.convolutions = torch.nn.ModuleList(torch.nn.Conv2d(150, width, 1) for width in (70, 3, 80))

@@ -22,10 +22,10 @@ from san.ops.kernels.pointwise.triton import joined, mode, outputs_of, products
 from san.ops.kernels.pointwise_training.portable import check_samples, product_dtype
 from san.ops.normalization import BatchNorm, without_autocast
 
-__all__ = ["last", "norm_products"]
+__all__ = ["PROGRAMS", "last", "norm_products"]
 
-# One fits a multiprocessor at a time, and each writes a tile of sums.
-_PROGRAMS = 528
+# Of kernels of which one program fits a multiprocessor at a time, and each writes a tile of sums.
+PROGRAMS = 528
 
 
 def last(x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class _Back(NamedTuple):
         total, constants = self.sizes[0], self.constants(128, 128)
         lanes = launch.lanes(total, (32 if self.pooled else 64) // (self.dtype.itemsize // 2))
         blocks = programs(given, constants["BLOCK_O"]) * programs(channels, constants["BLOCK_C"])
-        count, each = shares(programs(total, lanes), blocks, most=_PROGRAMS)
+        count, each = shares(programs(total, lanes), blocks, most=PROGRAMS)
         sums = floats(self.x, count, given, channels + 1)
         tensors = (self.x, self.affine, *self.gradients(), sums)
         launch.start(of_products, (blocks, count), *tensors, *self.sizes, each, **constants, LANES=lanes)

@@ -16,6 +16,7 @@ from san.ops.kernels.gpu import launch
 from san.ops.kernels.gpu.launch import block, floats, is_last, laid_out, programs, shares
 from san.ops.kernels.pointwise.native import Linear
 from san.ops.kernels.pointwise.triton import mode, products
+from san.ops.kernels.pointwise_training import triton
 from san.ops.kernels.pointwise_training.portable import Statistics, check_samples, product_dtype
 from san.ops.kernels.pointwise_training.portable_stem import (
     Call,
@@ -77,7 +78,7 @@ def _sums(call: Call, affine: Tensor, pixels: Pixels, outer: Tensor) -> Sums:
     (given, channels), colours = weight.shape, image.shape[1]
     total = len(image) * outer.shape[2] * outer.shape[3]
     lanes = launch.lanes(total, 16)
-    count, each = shares(programs(total, lanes), 1, most=528)
+    count, each = shares(programs(total, lanes), 1, most=triton.PROGRAMS)
     sums = floats(image, count, 1 + colours + given, channels)
     tensors = (image, call.filters.flatten(1).contiguous(), affine, pixels.mean.float(), weight, last(outer), sums)
     launch.start(
