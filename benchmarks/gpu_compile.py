@@ -36,15 +36,10 @@ from triton.compiler import ASTSource
 
 from san import create_model, fused, ops
 from san.ops.cases import SAN10_LAYERS, Case
-from san.ops.kernels.aggregation import device as aggregation
 from san.ops.kernels.aggregation import triton as aggregation_host
-from san.ops.kernels.gpu import border, launch, statistics
-from san.ops.kernels.pairwise import device as pairwise
+from san.ops.kernels.gpu import launch
 from san.ops.kernels.pairwise import triton as pairwise_host
-from san.ops.kernels.patchwise import device as patchwise
 from san.ops.kernels.patchwise import triton as patchwise_host
-from san.ops.kernels.pointwise import device as pointwise
-from san.ops.kernels.pointwise_training import device as pointwise_training
 
 RUN = {
     "aggregation": aggregation_host.run,
@@ -62,47 +57,27 @@ def kind_of(x: Any) -> str:
     return POINTERS[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
 
 
-class Launch:
-    """A kernel's launch, noted: arguments' kinds and constants."""
-
-    def __init__(self, owner: Any, name: str, noted: list[dict[str, Any]]) -> None:
-        self.kernel, self.owner, self.name, self.noted = getattr(owner, name), owner, name, noted
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def note(*arguments: Any, **constants: Any) -> None:
-            options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-            names = [name for name in self.kernel.arg_names if name not in constants]
-            given = dict(zip(names, arguments, strict=True))
-            kinds = {name: kind_of(x) for name, x in given.items()}
-            absent = {name: x for name, x in given.items() if x is None}
-            found = {
-                "kernel": self.name,
-                "module": self.owner.__name__,
-                "kinds": {name: kind for name, kind in kinds.items() if name not in absent},
-                "constants": constants | absent,
-                "options": options,
-            }
-            if found not in self.noted:
-                self.noted.append(found)
-
-        return note
-
-
 @contextmanager
-def device_modules(noted: list[dict[str, Any]]) -> Generator[None]:
-    """Inside, launches of kernels are noted and not done, and the Triton backends run on the CPU."""
-    replaced = []
-    for module in (aggregation, border, pairwise, patchwise, pointwise, pointwise_training, statistics):
-        for name in module.__all__:
-            kernel = getattr(module, name)
-            if isinstance(kernel, triton.JITFunction) and kernel.do_not_specialize:
-                setattr(module, name, Launch(module, name, noted))
-                replaced.append((module, name, kernel))
-    try:
+def noting(noted: list[dict[str, Any]]) -> Generator[None]:
+    """Inside, launches of kernels are noted, arguments' kinds and constants, and not done."""
+
+    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+        names = [name for name in kernel.arg_names if name not in constants]
+        given = dict(zip(names, arguments, strict=True))
+        absent = {name: x for name, x in given.items() if x is None}
+        found = {
+            "kernel": kernel.__name__,
+            "module": kernel.__module__,
+            "kinds": {name: kind_of(x) for name, x in given.items() if name not in absent},
+            "constants": constants | absent,
+            "options": options,
+        }
+        if found not in noted:
+            noted.append(found)
+
+    with patch.object(launch, "instead", note):
         yield
-    finally:
-        for module, name, kernel in replaced:
-            setattr(module, name, kernel)
 
 
 def note_call(case: Case, dtype: torch.dtype = torch.float32) -> None:
@@ -191,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     noted: list[dict[str, Any]] = []
     cases = [case for case in SAN10_LAYERS.values() if given.layers == "all" or case.name.endswith("stage1")]
-    with device_modules(noted):
+    with noting(noted):
         for case, training in product(cases, (True, False)):
             note_call(replace(case, training=training), getattr(torch, given.dtype))
         for name in ("san10_pairwise", "san10_patchwise") if given.layers == "all" else ("san4_pairwise",):

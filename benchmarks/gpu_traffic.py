@@ -33,6 +33,7 @@ from san.ops import use_backend
 from san.ops.kernels.gpu import launch, normalization
 from san.ops.kernels.native import operators
 from san.ops.kernels.pairwise import triton as pairwise
+from san.ops.kernels.pointwise_training.device import back_to_input
 
 
 class Count(TorchDispatchMode):
@@ -74,7 +75,10 @@ class Count(TorchDispatchMode):
 
     def start(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         """Stands for a kernel's launch."""
-        self.moved += _bytes([x for x in arguments if isinstance(x, Tensor)])
+        given = [x for x in arguments if isinstance(x, Tensor)]
+        # What a kernel overwrites it has read as well.
+        overwritten = given[:1] if kernel is back_to_input else []
+        self.moved += _bytes([*given, *overwritten])
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -92,8 +96,7 @@ def counted(*, joined: bool) -> Generator[Count]:
     attention what they do on a GPU."""
     count = Count()
     with ExitStack() as stack:
-        for holder in (launch, normalization):
-            stack.enter_context(patch.object(holder, "start", count.start))
+        stack.enter_context(patch.object(launch, "instead", count.start))
         for holder in (operators, pairwise, normalization):
             stack.enter_context(patch.object(holder, "unobserved", lambda: True))
         stack.enter_context(patch.object(launch, "map_refusal", lambda x: None))

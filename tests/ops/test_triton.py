@@ -336,12 +336,15 @@ print(*counts)
 
 
 def test_a_rehearsal_compiles_all_that_a_step_needs() -> None:
-    """By two threads; the network stays as it is."""
+    """Forward and, on a thread of its own as on a GPU, backward; the network stays as it is."""
     script = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 import torch
 from benchmarks.gpu_compile import as_on_a_gpu
 from benchmarks.gpu_parts.features import compilations
 from benchmarks.gpu_parts.stand_in import standing_in
+from san.ops.kernels.gpu.rehearsal import rehearsal
 from san.fused.rehearsal import compile_kernels
 from san.models import SAN
 from san.ops import use_backend
@@ -354,6 +357,14 @@ with standing_in(), as_on_a_gpu(), use_backend("triton"), torch.autocast("cpu", 
     assert all(x.grad is None for x in network.parameters())
     with compilations() as later:
         network(images).float().sum().backward()
+    submitted, submit = [], ThreadPoolExecutor.submit
+    ThreadPoolExecutor.submit = lambda *arguments: (submitted.append(1), submit(*arguments))[1]
+    y = SAN((1,), (64,), (3,), "patchwise", 5)(images).sum()
+    with compilations() as backward, rehearsal():
+        thread = Thread(target=y.backward)
+        thread.start()
+        thread.join()
+    assert len(submitted) >= len(backward) > 5
 print(len(first), len(later))
 """
     found = subprocess.run([sys.executable, "-c", script], **_alone())

@@ -14,16 +14,19 @@ __all__ = ["compile_kernels"]
 
 
 def compile_kernels(network: nn.Module, images: Tensor) -> None:
-    """Compile what a step of the network on such images launches: in training mode with gradients, else without.
+    """Compile what Triton's kernels need for a step of the network on such images: forward, and backward if it trains.
 
-    A copy of the network does the step, so that nothing of it changes; two images [2, C, H, W] are enough, because no
-    batch compiles anything new. Their device, size, dtype and memory format count, and so does autocast where it is
-    called. Without Triton, and where it interprets, nothing is done. Nobody else may launch kernels meanwhile.
+    Two images [2, C, H, W] are enough, because no batch compiles anything new. Their device, dtype and memory format
+    count, and so does autocast where this is called. A copy of the network does the step, so that neither its tensors
+    nor the random numbers after it change; its hooks are called, and processes that share a BatchNorm's statistics must
+    all call this. Nobody else may launch kernels meanwhile. Does nothing where the kernels do not run.
     """
-    if not launch.installed() or launch.interpreting():
+    refused = launch.map_refusal(images) or launch.gpu_refusal(images)
+    if not launch.installed() or launch.interpreting() or refused:
         return
     network = copy.deepcopy(network)
-    with rehearsal(), torch.set_grad_enabled(network.training):
+    devices = [images.device] if images.is_cuda else []
+    with torch.random.fork_rng(devices), rehearsal(), torch.set_grad_enabled(network.training):
         y = network(images)
         if network.training:
             y.float().sum().backward()

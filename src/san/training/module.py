@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -84,7 +85,9 @@ class Classifier(LightningModule):
     def on_train_start(self) -> None:
         """Have a GPU's kernels compiled several at a time, which the first step would do one by one."""
         model: Any = self.model
-        if self.device.type == "cuda" and not self.settings.compile:
+        # Other strategies hold parts of the parameters, from which no copy of the network can be made.
+        whole = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
+        if whole and self.device.type == "cuda" and not (self.settings.compile or self.trainer.should_stop):
             shape = (2, *model.pretrained_cfg["input_size"])
             with self.trainer.precision_plugin.forward_context():
                 compile_kernels(model, self.laid_out(torch.zeros(shape, device=self.device)))

@@ -26,6 +26,7 @@ __all__ = [
     "floats",
     "geometry",
     "gpu_refusal",
+    "half_mode",
     "installed",
     "interpreting",
     "is_last",
@@ -168,7 +169,13 @@ def mode(x: Tensor, *, backward: bool = False, exact: bool = False) -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreting() else "ieee"
     if exact or (backward and x.dtype == torch.float16):
         return "ieee" if interpreting() else "tf32"
-    return ("~" if interpreting() else "") + _MODES[x.dtype]
+    return half_mode(x.dtype) or "ieee"
+
+
+def half_mode(dtype: torch.dtype) -> str | None:
+    """The mode of half precision; None for others."""
+    found = _MODES.get(dtype)
+    return found and ("~" if interpreting() else "") + found
 
 
 def block(width: int) -> int:
@@ -217,9 +224,9 @@ def sums_of_eight() -> bool:
 def shares(tiles: int, places: int, most: int | None = None) -> tuple[int, int]:
     """Into how many shares `tiles` tiles of pixels are cut for kernels that own a place each, and tiles in a share.
 
-    There are some 2,000 programs, or `most` where each writes much and few fit a multiprocessor.
+    There are at most some 2,000 programs, or `most` where each writes much and few fit a multiprocessor.
     """
-    each = max(tiles * places // (most or _PROGRAMS), 1)
+    each = max(programs(tiles * places, most or _PROGRAMS), 1)
     return max(programs(tiles, each), 1), each
 
 

@@ -19,22 +19,28 @@ __all__ = ["rehearsal"]
 
 
 @contextmanager
-def rehearsal(threads: int | None = None) -> Generator[None]:
-    """Inside, Triton's kernels are compiled by several threads, by default one a core, and not launched.
+def rehearsal() -> Generator[None]:
+    """Inside, Triton's kernels are compiled by several threads, one a core, and not launched.
 
     What they would have written stays as it was. All are there when it ends. Nobody else may launch meanwhile.
     """
     import triton
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+    with ThreadPoolExecutor(_threads()) as executor, triton.AsyncCompileMode(executor):
         # Backward runs on a thread of autograd's, which does not know of Triton's mode.
         context = copy_context()
 
         def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
             context.run(partial(kernel.warmup, *arguments, grid=grid, **constants))
 
-        launch.instead = compile_only
+        before, launch.instead = launch.instead, compile_only
         try:
             yield
         finally:
-            launch.instead = None
+            launch.instead = before
+
+
+def _threads() -> int:
+    """Cores that this process may use, shared with the other processes of a training on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -136,6 +136,7 @@ def _store_weight(to, x, first, column, row, COLUMNS: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def _activated(x, scale, shift, NORM: tl.constexpr):
+    """ReLU of BatchNorm; without NORM, x."""
     if NORM:
         return relu(x * scale[:, None] + shift[:, None])
     return x
@@ -210,7 +211,7 @@ def has_extras(RELATION, POSITION):
 
 @triton.constexpr_function
 def looking_at(RELATION):
-    """The first row of extras that the looking pixel's position fills, and relative position."""
+    """The first row of extras that the looking pixel's position fills; relative position lies there too."""
     return 1 if RELATION == "dot" else 0
 
 
@@ -288,7 +289,7 @@ def _load_linear(gamma, column, extra, column1, RELATION: tl.constexpr, POSITION
 
 
 @triton.jit
-def _first(
+def _first_layer(
     pairs,
     extras,
     start,
@@ -313,7 +314,7 @@ def _first(
 
 
 @triton.jit
-def _start(bias, query, gamma, column, column1, RELATION: tl.constexpr, POSITION: tl.constexpr, R, O1, NORM, MODE):
+def _own_part(bias, query, gamma, column, column1, RELATION: tl.constexpr, POSITION: tl.constexpr, R, O1, NORM, MODE):
     """The part of z_1 that the looking pixel decides: the bias, and what its channels of concatenation give."""
     start = bias
     if RELATION == "concatenation":
@@ -374,7 +375,7 @@ def attend(
     weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
     q = _load(query, image, centre, column, size, mask, R, LAST)
     looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
-    start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
+    start = _own_part(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
     top = tl.full([BLOCK_3, LANES], float("-inf"), tl.float32)
     sum = tl.zeros([BLOCK_3, LANES], tl.float32)
     y = tl.zeros([BLOCK_S, BLOCK_3, LANES], tl.float32)
@@ -384,7 +385,7 @@ def attend(
         k = _load(key, image, pixel, column, size, inside, R, LAST)
         seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
         pairs, extras = _pairs(q, k, RELATION), _extras(q, k, looking, seen, RELATION, POSITION)
-        z = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
+        z = _first_layer(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
         scores = _behind(z, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)[1]
         higher = tl.maximum(top, scores, propagate_nan=tl.PropagateNan.ALL)
         old, new = tl.exp(top - higher), tl.exp(scores - higher)
@@ -462,14 +463,14 @@ def observe(
     else:
         affine = _load_affine(gamma, column, extra, RELATION, POSITION, R)
         weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
-        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, True, MODE)
+        start = _own_part(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, True, MODE)
         mean, deviation = tl.zeros([BLOCK_2, LANES], tl.float32), tl.zeros([BLOCK_2, LANES], tl.float32)
         for number in range(K):
             pixel, inside = place(row, col, number, height, width, KERNEL, DILATION, ZEROS, ONCE)
             k = _load(key, image, pixel, column, size, inside & mask, R, LAST)
             seen = _load_position(position, pixel, size, inside & mask, seen_at(RELATION, POSITION), POSITION, LANES)
             pairs, extras = _pairs(q, k, RELATION), _extras(q, k, looking, seen, RELATION, POSITION)
-            z = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, True, MODE)
+            z = _first_layer(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, True, MODE)
             z = _behind(z, gamma, column1, column2, column2, LAYERS, D, O1, O2, O2, MODE)[0]
             mean, deviation = _observed(mean, deviation, z, number + 1.0)
         WIDTH: tl.constexpr = O1 if LAYERS == 1 else O2
@@ -477,7 +478,7 @@ def observe(
 
 
 @triton.jit
-def _first_of(extras):
+def _top_row(extras):
     """The first row of a tile of extras: [1, lanes]."""
     return tl.sum(tl.where(tl.arange(0, _EXTRAS)[:, None] == 0, extras, 0.0), 0)[None, :]
 
@@ -524,6 +525,7 @@ def _statistics(x, slopes, ALL: tl.constexpr, first, column, valid, WIDTH: tl.co
 
 @triton.jit
 def _add(to, x, mask, ACCUMULATE: tl.constexpr):
+    """Store x, or with ACCUMULATE add it to what is there."""
     if ACCUMULATE:
         x += tl.load(to, mask=mask, other=0.0)
     tl.store(to, x, mask=mask)
@@ -606,7 +608,7 @@ def attend_backward_query(
     looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
     if LAYERS > 0:
         weight, extra_weight, bias = _load_linear(gamma, column, extra, column1, RELATION, POSITION, R, O1)
-        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
+        start = _own_part(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         if RELATION == "concatenation":
             sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
     if ATTEND:
@@ -636,7 +638,7 @@ def attend_backward_query(
             if has_extras(RELATION, POSITION):
                 of_extras = _statistics(extras, slopes, D, EXTRA, extra, mask, EXTRA_WIDTH)
         else:
-            z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
+            z1 = _first_layer(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
             z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
             if ATTEND:
                 of_last = tl.exp(z3 - top) * (agreement - shared)
@@ -659,7 +661,7 @@ def attend_backward_query(
             extra_shift_sum += of_extras
             extra_scale_sum += of_extras * extras
             if RELATION == "dot":
-                scale_sum += _first_of(of_extras) * k
+                scale_sum += _top_row(of_extras) * k
     SCALED: tl.constexpr = NORM and LAYERS > 0
     of_query = _scaled(shift_sum, scale, SCALED)
     if RELATION == "hadamard":
@@ -779,7 +781,7 @@ def attend_backward_mapping(
         centre = row * width + col
         q = _load(query, image, centre, column, size, mask, R, LAST)
         looking = _load_position(position, centre, size, mask, looking_at(RELATION), POSITION, LANES)
-        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
+        start = _own_part(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         sum1 = tl.zeros([BLOCK_1, LANES], tl.float32)
         if ATTEND:
             groups = mask[None, :] & (column3 < G)[:, None]
@@ -796,7 +798,7 @@ def attend_backward_mapping(
             seen = _load_position(position, pixel, size, inside, seen_at(RELATION, POSITION), POSITION, LANES)
             pairs = _pairs(q, k, RELATION)
             extras = _extras(q, k, looking, seen, RELATION, POSITION)
-            z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
+            z1 = _first_layer(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
             z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
             if ATTEND:
                 of_last = tl.exp(z3 - top) * (agreement - shared)
@@ -930,10 +932,10 @@ def attend_backward_key(
         )
         q = _load(query, image, centre, column, size, met, R, LAST)
         looking = _load_position(position, centre, size, met, looking_at(RELATION), POSITION, LANES)
-        start = _start(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
+        start = _own_part(bias, q, gamma, column, column1, RELATION, POSITION, R, O1, NORM, MODE)
         pairs = _pairs(q, k, RELATION)
         extras = _extras(q, k, looking, seen, RELATION, POSITION)
-        z1 = _first(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
+        z1 = _first_layer(pairs, extras, start, *affine, weight, extra_weight, RELATION, POSITION, NORM, MODE)
         z2, z3 = _behind(z1, gamma, column1, column2, column3, LAYERS, D, O1, O2, O3, MODE)
         reader_of = image * (rows * columns) + out
         groups = met[None, :] & (column3 < G)[:, None]
@@ -964,7 +966,7 @@ def attend_backward_key(
                 of_extras += _statistics(extras, slopes, D, EXTRA, extra, met, EXTRA_WIDTH)
             of_seen += of_extras
             if RELATION == "dot":
-                of_key += _first_of(of_extras) * q
+                of_key += _top_row(of_extras) * q
     tl.store(key_gradient + lane[None, :] * R + column[:, None], of_key, mask=mask[None, :] & (column < R)[:, None])
     channel = member[:, None] * G + column3[None, :]
     present = mask[None, None, :] & (member < SHARE)[:, None, None] & (column3 < G)[None, :, None]

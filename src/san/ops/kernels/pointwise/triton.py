@@ -17,7 +17,7 @@ from san.ops.kernels.gpu import launch, normalization
 from san.ops.kernels.gpu.launch import block, is_last, laid_out, programs
 from san.ops.kernels.pointwise.native import MAX_PRODUCTS, Linear, Norm
 
-__all__ = ["folded", "joined", "mode", "outputs_of", "products", "runs"]
+__all__ = ["folded", "outputs_of", "product_mode", "products", "runs", "stacked"]
 
 
 def runs(x: Tensor, widths: Sequence[int], dtype: torch.dtype) -> bool:
@@ -41,12 +41,9 @@ def _multiplies_in_tf32() -> bool:
     return convolutions.conv.fp32_precision == "tf32"
 
 
-def mode(dtype: torch.dtype) -> str:
-    """How the kernel multiplies; see `geometry.product`."""
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if launch.interpreting():
-        return f"~{half}" if half else "ieee"
-    return half or "tf32"
+def product_mode(dtype: torch.dtype) -> str:
+    """How the kernels multiply; see `geometry.product`."""
+    return launch.half_mode(dtype) or ("ieee" if launch.interpreting() else "tf32")
 
 
 def folded(norm: Norm) -> Tensor:
@@ -85,7 +82,7 @@ def products(
     grid = (programs(sum(widths), constants["BLOCK_O"]) * programs(total, constants["LANES"]),)
     room: list[Any] = [None] * (MAX_PRODUCTS - len(linears))
     stem = stem if stem is None else stem.contiguous()
-    tensors = (x, stem, affine, *joined(linears), residual, *outputs, *room)
+    tensors = (x, stem, affine, *stacked(linears), residual, *outputs, *room)
     launch.start(
         _kernel(), grid, *tensors, total, *x.shape[2:], *size, **constants, LAST=stem is not None and is_last(x)
     )
@@ -111,7 +108,7 @@ def _constants(
         "K": 0 if stem is None else stem.shape[1],
         **outputs_of(widths),
         "POOLED": pooled,
-        "MODE": mode(dtype),
+        "MODE": product_mode(dtype),
         "LANES": launch.lanes(total, 64 if pooled else 128),
         "BLOCK_C": min(block(channels), most // 2 if dtype is torch.float32 else most),
         "BLOCK_O": min(block(sum(widths)), made),
@@ -125,7 +122,7 @@ def outputs_of(widths: Sequence[int]) -> dict[str, int]:
     return {f"O{n + 1}": width for n, width in enumerate([*widths, 0, 0][:MAX_PRODUCTS])}
 
 
-def joined(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
+def stacked(linears: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
     """One weight [O, C] and one bias [O] of all, None if there is none."""
     weights = [linear.weight.flatten(1) for linear in linears]
     weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)

@@ -16,21 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from san.ops.kernels.gpu import launch, normalization
-from san.ops.kernels.gpu.launch import block, floats, programs, shares
+from san.ops.kernels.gpu.launch import block, floats, laid_out, programs, shares
 from san.ops.kernels.pointwise.native import MAX_PRODUCTS, Linear
-from san.ops.kernels.pointwise.triton import joined, mode, outputs_of, products
+from san.ops.kernels.pointwise.triton import outputs_of, product_mode, products, stacked
 from san.ops.kernels.pointwise_training.portable import check_samples, product_dtype
 from san.ops.normalization import BatchNorm, without_autocast
 
-__all__ = ["PROGRAMS", "last", "norm_products"]
+__all__ = ["PROGRAMS", "norm_products"]
 
 # Of kernels of which one program fits a multiprocessor at a time, and each writes a tile of sums.
 PROGRAMS = 528
-
-
-def last(x: Tensor) -> Tensor:
-    """The map with channels last; without a copy where it is."""
-    return x.contiguous(memory_format=torch.channels_last).resolve_neg()
 
 
 def _normal(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -67,7 +62,7 @@ class _Back(NamedTuple):
             "C": channels,
             **outputs_of([x.shape[1] for x in self.outer]),
             "POOLED": self.pooled,
-            "MODE": mode(self.dtype),
+            "MODE": product_mode(self.dtype),
             "BLOCK_C": min(block(channels), most),
             "BLOCK_O": min(block(given), made),
             "num_warps": 8,
@@ -147,11 +142,11 @@ class _NormProducts(torch.autograd.Function):
         norm_bias: Tensor | None,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        dtype, x = product_dtype(x), last(x)
+        dtype, x = product_dtype(x), laid_out(x, last=True)
         with without_autocast(x):
             affine, statistics = _normal(x, norm)
             linears = [Linear(*pair) for pair in zip(tensors[0::2], tensors[1::2], strict=True)]
-            behind = None if residual is None else last(residual)
+            behind = None if residual is None else laid_out(residual, last=True)
             outputs = products(x, linears, affine, dtype, pooled=pooled, residual=behind)
         ctx.dtype, ctx.pooled, ctx.passes = dtype, pooled, passes
         ctx.norm = norm.eps, norm.uses_batch
@@ -164,9 +159,9 @@ class _NormProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         x, affine, statistics, norm_weight, *weights = ctx.saved_tensors
-        given, needed = [last(each) for each in outer], ctx.needs_input_grad
+        given, needed = [laid_out(each, last=True) for each in outer], ctx.needs_input_grad
         passed = given.pop() if ctx.passes else None
-        weight, _ = joined([Linear(each, None) for each in weights])
+        weight, _ = stacked([Linear(each, None) for each in weights])
         back, (eps, batch) = _Back(x, affine, weight, given, ctx.dtype, ctx.pooled), ctx.norm
         with without_autocast(x):
             of_parameters = _parameter_gradients(back, weights, needed[7:])

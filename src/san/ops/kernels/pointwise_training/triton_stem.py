@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from san.ops.kernels.gpu import launch
 from san.ops.kernels.gpu.launch import block, floats, is_last, laid_out, programs, shares
 from san.ops.kernels.pointwise.native import Linear
-from san.ops.kernels.pointwise.triton import mode, products
+from san.ops.kernels.pointwise.triton import product_mode, products
 from san.ops.kernels.pointwise_training import triton
 from san.ops.kernels.pointwise_training.portable import Statistics, check_samples, product_dtype
 from san.ops.kernels.pointwise_training.portable_stem import (
@@ -26,7 +26,6 @@ from san.ops.kernels.pointwise_training.portable_stem import (
     parameter_gradients,
     statistics_of,
 )
-from san.ops.kernels.pointwise_training.triton import last
 from san.ops.normalization import BatchNorm, without_autocast
 
 __all__ = ["MAX_CHANNELS", "stem"]
@@ -80,7 +79,15 @@ def _sums(call: Call, affine: Tensor, pixels: Pixels, outer: Tensor) -> Sums:
     lanes = launch.lanes(total, 16)
     count, each = shares(programs(total, lanes), 1, most=triton.PROGRAMS)
     sums = floats(image, count, 1 + colours + given, channels)
-    tensors = (image, call.filters.flatten(1).contiguous(), affine, pixels.mean.float(), weight, last(outer), sums)
+    tensors = (
+        image,
+        call.filters.flatten(1).contiguous(),
+        affine,
+        pixels.mean.float(),
+        weight,
+        laid_out(outer, last=True),
+        sums,
+    )
     launch.start(
         *(stem_backward, (count,), *tensors, total, *image.shape[2:], *outer.shape[2:], each),
         C=channels,
@@ -88,7 +95,7 @@ def _sums(call: Call, affine: Tensor, pixels: Pixels, outer: Tensor) -> Sums:
         O1=given,
         POOLED=call.pooled,
         LAST=is_last(image),
-        MODE=mode(call.dtype),
+        MODE=product_mode(call.dtype),
         LANES=lanes,
         BLOCK_C=block(channels),
         BLOCK_O=block(given),
@@ -122,17 +129,17 @@ class _Stem(torch.autograd.Function):
             options: Any = {"stem": call.filters.flatten(1), "pooled": pooled}
             (output,) = products(dense, [Linear(behind, None)], affine, call.dtype, **options)
         ctx.call, ctx.statistics = call[:2], statistics[2:]
-        ctx.save_for_backward(*call[2:], *statistics[:2], *pixels)
+        ctx.save_for_backward(*call[2:], *statistics[:2], *pixels, affine)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, mean, spread, centre, deviation = ctx.saved_tensors
+        *tensors, mean, spread, centre, deviation, affine = ctx.saved_tensors
         call, statistics = Call(*ctx.call, *tensors), Statistics(mean, spread, *ctx.statistics)
         pixels, needed = Pixels(centre, deviation), ctx.needs_input_grad
         with without_autocast(call.image):
-            sums = _sums(call, _affine(call, statistics), pixels, outer[0])
+            sums = _sums(call, affine, pixels, outer[0])
             of_weight, *of_norm = parameter_gradients(call, statistics, pixels, sums)
         behind = sums.behind.view_as(call.behind) if needed[5] and sums.behind is not None else None
         return None, *like_parameters(call, (of_weight, None, *of_norm), needed[1:5]), behind, None
