@@ -316,7 +316,7 @@ from benchmarks.gpu_parts.features import compilations
 from benchmarks.gpu_parts.stand_in import standing_in
 from san.models import SAN
 from san.ops import use_backend
-network, counts = SAN((1, 1), (32, 64), (3, 7), "{form}", 5), []
+network, counts = SAN((1, 0), (32, 64), (3, 3), "{form}", 5), []
 with standing_in(), as_on_a_gpu(), use_backend("triton"):
     for n in range(20):
         images = torch.rand(1 + n % 5, 3, 16 + 3 * n, 17 + 5 * n)
