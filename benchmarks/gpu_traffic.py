@@ -5,9 +5,10 @@
 Inference and a training step (forward, cross-entropy, backward) of ResNet26 and both SAN10 at 224×224 run on tensors
 without data, in bfloat16, channels-last, eager, the baseline's BatchNorm folded in inference; SAN10 twice, as its
 modules are written and with the kernels of GPUs around its attention, which are Triton's both times. Every operator and
-kernel counts each of its tensors once: **moved** is the least that they read and write, whatever caches may spare and
-second looks of one operator may add; **kept** what a training step holds between forward and backward; **peak** the
-most that exists at a time, gradients included, parameters and images not. What operators allocate inside is not in it.
+kernel counts each of its tensors once, and twice what it overwrites: **moved** is the least that they read and write,
+whatever caches may spare and second looks of one operator may add; **kept** what a training step holds between forward
+and backward; **peak** the most that exists at a time, gradients included, parameters and images not. What operators
+allocate inside is not in it.
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images (default 256)")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     given = parser.parse_args()
+    if given.batch < 1:
+        parser.error(f"--batch is {given.batch}, but it must be at least 1")
+    if given.json and not given.json.parent.is_dir():
+        parser.error(f"--json {given.json} cannot be written: there is no folder {given.json.parent}")
     rows = []
     print("| network | mode | around the attention | moved, MB an image | of ResNet26's | kept | peak |")
     print("|---" * 7 + "|")
